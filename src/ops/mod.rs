@@ -1,1 +1,11 @@
-//! (in the making)
+//! Differentiable operations that candle lacks, or whose gradient it cuts: one folder an operation.
+//!
+//! All take and return channels-last tensors: images `(batch, height, width, channels)`, tokens
+//! `(batch, tokens, channels)`, so an image is a token matrix and back by a reshape. All work in f32 and f64, compute
+//! exact gradients, and compute them only for the arguments that are part of a graph: a weight that is a plain tensor
+//! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
+
+mod linear;
+mod support;
+
+pub use linear::linear;
