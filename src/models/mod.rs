@@ -1,1 +1,4 @@
-//! (in the making)
+//! Networks, one file or folder each, with weights named as their published checkpoints name them.
+
+pub mod ip_adapter;
+pub mod unet;
