@@ -5,7 +5,9 @@
 //! exact gradients, and compute them only for the arguments that are part of a graph: a weight that is a plain tensor
 //! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
 
+mod activation;
 mod linear;
 mod support;
 
+pub use activation::{Activation, activation};
 pub use linear::linear;
