@@ -6,8 +6,10 @@
 //! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
 
 mod activation;
+mod attention;
 mod linear;
 mod support;
 
 pub use activation::{Activation, activation};
+pub use attention::{Mask, attention};
 pub use linear::linear;
