@@ -7,9 +7,13 @@
 
 mod activation;
 mod attention;
+mod geglu;
+mod layer_norm;
 mod linear;
 mod support;
 
 pub use activation::{Activation, activation};
 pub use attention::{Mask, attention};
+pub use geglu::geglu;
+pub use layer_norm::layer_norm;
 pub use linear::linear;
