@@ -7,9 +7,15 @@
 
 mod activation;
 mod conv2d;
+mod attention;
+mod geglu;
+mod layer_norm;
 mod linear;
 mod support;
 
 pub use activation::{Activation, activation};
 pub use conv2d::conv2d;
+pub use attention::{Mask, attention};
+pub use geglu::geglu;
+pub use layer_norm::layer_norm;
 pub use linear::linear;
