@@ -7,9 +7,11 @@
 
 mod activation;
 mod conv2d;
+mod group_norm;
 mod linear;
 mod support;
 
 pub use activation::{Activation, activation};
 pub use conv2d::conv2d;
+pub use group_norm::group_norm;
 pub use linear::linear;
