@@ -9,9 +9,15 @@ mod activation;
 mod conv2d;
 mod group_norm;
 mod linear;
+mod resize_bilinear;
 mod support;
+mod upsample_nearest_2x;
+mod warp_affine;
 
 pub use activation::{Activation, activation};
 pub use conv2d::conv2d;
 pub use group_norm::group_norm;
 pub use linear::linear;
+pub use resize_bilinear::resize_bilinear;
+pub use upsample_nearest_2x::upsample_nearest_2x;
+pub use warp_affine::warp_affine;
