@@ -1,15 +1,16 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces};
 use super::{Attention, Mask};
 use crate::autograd::Backward;
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 use crate::{Error, Result};
 
 /// With probabilities `P = exp(S - L)` made anew from the scores `S` and the saved log-sum-exps `L`:
 /// `dV = P^T dO`, `dS = P (dO V^T - rowsum(dO O))`, `dQ = dS K / sqrt(d)`, `dK = dS^T Q / sqrt(d)`.
-pub(super) fn backward<T: Real>(op: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
     let inputs = context.inputs;
     let (batch, tokens, channels) = inputs[0].dims3()?;
     let (heads, width) = (op.heads, channels / op.heads);
@@ -74,7 +75,7 @@ struct Pass<'a, T> {
     mask: Mask,
 }
 
-impl<T: Real> Pass<'_, T> {
+impl<T: Exponential> Pass<'_, T> {
     /// The gradients of one head, each `(tokens, d)`, empty where not needed. `first` is the index of the head's first
     /// log-sum-exp.
     fn one_head(&self, sample: usize, head: usize, first: usize) -> Vec<Vec<T>> {

@@ -1,14 +1,15 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, exponentials, maximum, pieces};
 use super::{Attention, Mask};
 use crate::Result;
 use crate::autograd::{Forward, Output};
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 
 /// Saves the log-sum-exp of the scores of every query, `(batch, heads, tokens)`.
-pub(super) fn forward<T: Real>(op: &Attention, inputs: &[Tensor]) -> Result<Forward> {
+pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Result<Forward> {
     let (batch, tokens, channels) = inputs[0].dims3()?;
     let (heads, width) = (op.heads, channels / op.heads);
     let guards = inputs.iter().map(|input| values::<T>("attention", input)).collect::<Result<Vec<_>>>()?;
@@ -47,7 +48,7 @@ pub(super) fn forward<T: Real>(op: &Attention, inputs: &[Tensor]) -> Result<Forw
 
 /// The outputs `(queries, d)` and the log-sum-exps of one tile of queries, by a softmax that goes over the blocks of
 /// keys once: a running maximum and sum a query, by which what has been summed up is rescaled.
-fn one_tile<T: Real>(
+fn one_tile<T: Exponential>(
     q: View<'_, T>,
     sources: &[View<'_, T>],
     mask: Mask,

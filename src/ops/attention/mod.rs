@@ -1,6 +1,7 @@
 //! Scaled dot-product attention over one or two sources of keys and values.
 
 mod backward;
+mod exponential;
 mod forward;
 #[cfg(test)]
 mod tests;

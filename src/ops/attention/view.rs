@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::Mask;
+use super::exponential::Exponential;
 use crate::Result;
 use crate::ops::support::{Matrix, Real, Threads, matmul};
 
@@ -99,8 +100,8 @@ pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
 }
 
 /// Replaces every number `x` of a row by `exp(x - shift)` and returns the sum.
-pub(super) fn exponentials<T: Real>(row: &mut [T], shift: T) -> T {
-    row.iter_mut().for_each(|x| *x = (*x - shift).exp());
+pub(super) fn exponentials<T: Exponential>(row: &mut [T], shift: T) -> T {
+    T::exponentials(row, shift);
     let mut lanes = [T::of(0.0); LANES];
     let chunks = row.chunks_exact(LANES);
     let rest: T = chunks.remainder().iter().copied().sum();

@@ -47,15 +47,18 @@ pub(super) fn backward<T: Real>(eps: f64, context: &Backward<'_>) -> Result<Vec<
     let mut dx = vec![T::of(0.0); xs.len()];
     let pieces =
         dx.par_chunks_mut(channels * ROWS).zip(xs.par_chunks(channels * ROWS).zip(gs.par_chunks(channels * ROWS)));
-    let sums: Vec<(Vec<f64>, Vec<f64>)> = pieces
+    let sums: Vec<[Vec<f64>; 2]> = pieces
         .map(|(dx, (x, g))| {
-            let mut sums = if needs_sums { (vec![0.0; channels], vec![0.0; channels]) } else { (vec![], vec![]) };
+            let mut sums = [(); 2].map(|()| vec![0.0; if needs_sums { channels } else { 0 }]);
+            let [weight_sums, bias_sums] = &mut sums;
             let rows = x.chunks_exact(channels).zip(g.chunks_exact(channels));
             for (dx, (x, g)) in dx.chunks_exact_mut(channels).zip(rows) {
                 let (mean, scale) = statistics(x, eps);
                 let normalised = |x: &T| (x.to_f64() - mean) * scale;
                 if needs_sums {
-                    for ((weight, bias), (x, g)) in sums.0.iter_mut().zip(&mut sums.1).zip(x.iter().zip(g)) {
+                    for ((weight, bias), (x, g)) in
+                        weight_sums.iter_mut().zip(bias_sums.iter_mut()).zip(x.iter().zip(g))
+                    {
                         *weight += g.to_f64() * normalised(x);
                         *bias += g.to_f64();
                     }
@@ -77,16 +80,16 @@ pub(super) fn backward<T: Real>(eps: f64, context: &Backward<'_>) -> Result<Vec<
         })
         .collect();
 
-    let total = |part: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>| {
+    let total = |part: usize| {
         let mut total = vec![0.0; channels];
         for piece in &sums {
-            total.iter_mut().zip(part(piece)).for_each(|(total, x)| *total += x);
+            total.iter_mut().zip(&piece[part]).for_each(|(total, x)| *total += x);
         }
         tensor(total.into_iter().map(T::of).collect(), channels)
     };
     Ok(vec![
         context.needs[0].then(|| tensor(dx, x.shape())).transpose()?,
-        context.needs[1].then(|| total(|sums| &sums.0)).transpose()?,
-        context.needs[2].then(|| total(|sums| &sums.1)).transpose()?,
+        context.needs[1].then(|| total(0)).transpose()?,
+        context.needs[2].then(|| total(1)).transpose()?,
     ])
 }
