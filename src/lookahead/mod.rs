@@ -12,11 +12,15 @@
 
 mod alignment;
 pub mod dropout;
+mod face_encoder;
+mod identity_loss;
 mod kv_encoder;
 mod loss;
 mod preview;
 
 pub use alignment::LoraScale;
+pub use face_encoder::{AdapterTokens, FaceEncoder, FaceEncoderConfig};
+pub use identity_loss::IdentityLoss;
 pub use kv_encoder::{KvEncoder, KvEncoderConfig};
 pub use loss::{ImageLoss, LossValue};
 pub use preview::{PreviewForm, preview};
