@@ -84,18 +84,23 @@ impl Address {
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
     }
 
+    /// A tensor of numbers uniform in `[0, 1)`, drawn in f32.
+    ///
+    /// # Errors
+    /// Where the device cannot hold the tensor.
+    pub fn uniform_tensor(self, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+        let shape = shape.into();
+        let mut rng = self.rng();
+        let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.random()).collect();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+    }
+
     /// Standard normal noise for a batch, `shape` being one sample's: sample `i` of the batch has the address
     /// `self.sample(i)`, so a sample's noise does not depend on the size of the batch. Shape `(batch, ..shape)`.
     ///
     /// # Errors
     /// Where the device cannot hold the tensor.
-    pub fn normal_batch(
-        self,
-        batch: usize,
-        shape: impl Into<Shape>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub fn normal_batch(self, batch: usize, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = shape.into();
         let samples =
             (0..batch).map(|i| self.sample(i).normal(shape.clone(), dtype, device)).collect::<Result<Vec<_>>>()?;

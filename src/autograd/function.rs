@@ -86,9 +86,10 @@ impl Backward<'_> {
     /// # Errors
     /// Where the function has several outputs and the first is no part of the loss.
     pub fn gradient(&self) -> Result<&Tensor> {
-        self.gradients.first().and_then(Option::as_ref).ok_or_else(|| {
-            Error::argument("autograd", "gradients", "a gradient of the first output", "none")
-        })
+        self.gradients
+            .first()
+            .and_then(Option::as_ref)
+            .ok_or_else(|| Error::argument("autograd", "gradients", "a gradient of the first output", "none"))
     }
 }
 
@@ -129,8 +130,7 @@ pub fn apply(function: impl Function, inputs: &[&Tensor]) -> Result<Tensor> {
 /// Those of [`Function::forward`].
 pub fn apply_many(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let needs: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
-    let detached =
-        inputs.iter().map(|input| input.detach().contiguous()).collect::<candle_core::Result<Vec<_>>>()?;
+    let detached = inputs.iter().map(|input| input.detach().contiguous()).collect::<candle_core::Result<Vec<_>>>()?;
     let Forward { outputs, saved } = function.forward(&detached)?;
     let tracked: Vec<(usize, &Tensor)> =
         inputs.iter().enumerate().filter(|(i, _)| needs[*i]).map(|(i, input)| (i, *input)).collect();
@@ -192,11 +192,7 @@ struct Node {
 
 impl Node {
     /// The gradients of all inputs; never `None` for an input that needs one, which candle could not bear.
-    fn backward(
-        &self,
-        outputs: &[Option<Tensor>],
-        gradients: &[Option<Tensor>],
-    ) -> Result<Vec<Option<Tensor>>> {
+    fn backward(&self, outputs: &[Option<Tensor>], gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let gradients = gradients
             .iter()
             .map(|gradient| gradient.as_ref().map(Tensor::contiguous).transpose())
@@ -486,12 +482,7 @@ mod tests {
             let zero = x[0].zeros_like()?;
             let g1 = context.gradients[0].as_ref().unwrap_or(&zero);
             let g2 = context.gradients[1].as_ref().unwrap_or(&zero);
-            Ok(vec![
-                Some(((g1 * &x[1])? + g2)?),
-                None,
-                Some((g1 * &x[3])?),
-                Some(((g1 * &x[2])? - g2)?),
-            ])
+            Ok(vec![Some(((g1 * &x[1])? + g2)?), None, Some((g1 * &x[3])?), Some(((g1 * &x[2])? - g2)?)])
         }
     }
 

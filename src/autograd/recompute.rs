@@ -120,7 +120,8 @@ mod tests {
         let random = |purpose, shape: (usize, usize)| -> Result<Var> {
             Ok(Var::from_tensor(&Address::new(1, purpose).normal(shape, DType::F64, &Device::Cpu)?)?)
         };
-        let (x, w1, w2, side) = (random("x", (3, 4))?, random("w1", (4, 4))?, random("w2", (4, 4))?, random("s", (3, 4))?);
+        let (x, w1, w2, side) =
+            (random("x", (3, 4))?, random("w1", (4, 4))?, random("w2", (4, 4))?, random("s", (3, 4))?);
         let run = |on: bool| -> Result<Vec<Vec<f64>>> {
             let (v1, v2) = (w1.clone(), w2.clone());
             let segment = move |x: &[Tensor]| -> Result<Vec<Tensor>> {

@@ -1,1 +1,26 @@
-//! (in the making)
+//! The paper, and nothing else: *LCM-Lookahead for Encoder-based Text-to-Image Personalization* (Gal et al. 2024).
+//!
+//! | paper | here |
+//! |---|---|
+//! | eq. 2, the encoder E(I_c) with its two branches (figure 3, left) | [`FaceEncoder`] |
+//! | section 4.1, eq. 3: the one-step preview | [`preview()`] |
+//! | section 4.1, eq. 4: an image loss on the preview | [`ImageLoss`], [`IdentityLoss`] |
+//! | section 4.2: random re-scaling of the LCM-LoRA | [`LoraScale`] |
+//! | section 4.2: annealed timestep sampling | [`crate::schedule::AnnealedTimestepSampler`] |
+//! | section 4.3: keys and values of the reference image | [`KvEncoder`] |
+//! | dropping of conditions while training | [`dropout`] |
+
+mod alignment;
+pub mod dropout;
+mod face_encoder;
+mod identity_loss;
+mod kv_encoder;
+mod loss;
+mod preview;
+
+pub use alignment::LoraScale;
+pub use face_encoder::{AdapterTokens, FaceEncoder, FaceEncoderConfig};
+pub use identity_loss::IdentityLoss;
+pub use kv_encoder::{KvEncoder, KvEncoderConfig};
+pub use loss::{ImageLoss, LossValue};
+pub use preview::{PreviewForm, preview};

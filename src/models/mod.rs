@@ -9,11 +9,13 @@ pub mod clip_text;
 pub mod clip_vision;
 pub mod face_locator;
 pub mod identity;
+pub mod ip_adapter;
 pub mod mini_face_locator;
 pub mod mini_identity;
 pub mod resampler;
 pub mod taesd;
 pub mod tokenizer;
+pub mod unet;
 
 use candle_core::Tensor;
 

@@ -1,5 +1,11 @@
 //! Layers made of [`crate::ops`], and where their weights come from.
 
+mod layers;
+mod lora;
 mod parameters;
+mod weights;
 
+pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
+pub use lora::{LoraLayer, LoraSet, Loras};
 pub use parameters::Parameters;
+pub use weights::{Init, Weights};

@@ -82,9 +82,7 @@ macro_rules! dispatch {
                 type $real = f64;
                 $body
             }
-            other => {
-                Err($crate::Error::argument($operation, "dtype", "f32 or f64 on the CPU", format!("{other:?}")))
-            }
+            other => Err($crate::Error::argument($operation, "dtype", "f32 or f64 on the CPU", format!("{other:?}"))),
         }
     };
 }

@@ -1,0 +1,143 @@
+//! Low-rank adaptation (Hu et al. 2021) as an argument of a forward pass.
+//!
+//! Nothing is fused into the base weights: a set of LoRA layers is handed to a forward pass together with a scale, so
+//! changing the scale (paper, section 4.2) or using several sets costs nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::layers::wrong_kind;
+use super::{Init, Weights};
+use crate::ops;
+use crate::{Error, Result};
+
+/// The LoRA of one layer: `scale * up(down(x))`.
+#[derive(Clone, Debug)]
+pub struct LoraLayer {
+    path: String,
+    /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)`.
+    down: Tensor,
+    /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)`.
+    up: Tensor,
+    /// alpha / rank.
+    scale: f64,
+}
+
+impl LoraLayer {
+    /// `x`: `(..., input)` to `(..., output)`, times `scale` times the layer's own alpha / rank.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where this is the LoRA of a convolution.
+    pub fn forward_linear(&self, x: &Tensor, scale: f64) -> Result<Tensor> {
+        if self.down.rank() != 2 {
+            return Err(wrong_kind(&self.path, "a linear layer's LoRA", "a convolution's LoRA"));
+        }
+        let low = (ops::linear(x, &self.down, None)? * (scale * self.scale))?;
+        ops::linear(&low, &self.up, None)
+    }
+
+    /// `x`: `(batch, height, width, input)`; stride and padding are the base layer's.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where this is the LoRA of a linear layer.
+    pub fn forward_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64) -> Result<Tensor> {
+        if self.down.rank() != 4 {
+            return Err(wrong_kind(&self.path, "a convolution's LoRA", "a linear layer's LoRA"));
+        }
+        let low = (ops::conv2d(x, &self.down, None, stride, padding)? * (scale * self.scale))?;
+        ops::conv2d(&low, &self.up, None, 1, 0)
+    }
+}
+
+/// A set of LoRA layers for one base model, by the path of the layer each belongs to. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct LoraSet {
+    layers: Arc<HashMap<String, LoraLayer>>,
+}
+
+impl LoraSet {
+    /// Loads, or makes as variables, LoRA layers of a rank for the base layers given by path and weight shape
+    /// (`(output, input)` or `(output, input, kernel, kernel)`; see
+    /// [`UNet::shapes`](crate::models::unet::UNet::shapes)).
+    ///
+    /// Tensors are named as peft names them: `<path>.lora_A.weight`, `<path>.lora_B.weight`. New variables start as the
+    /// official code's: `down ~ N(0, 1/rank)`, `up = 0`, so a new set changes nothing. The scale is 1 (alpha = rank).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where a tensor is missing or misshapen, [`Error::Argument`] for rank 0 or a layer that is
+    /// neither linear nor a convolution.
+    pub fn load(layers: &BTreeMap<String, Vec<usize>>, rank: usize, weights: &Weights) -> Result<Self> {
+        if rank == 0 {
+            return Err(Error::argument("LoraSet::load", "rank", "at least 1", "0"));
+        }
+        let mut loaded = HashMap::new();
+        for (path, shape) in layers {
+            let (down, up) = (weights.pp(path).pp("lora_A"), weights.pp(path).pp("lora_B"));
+            let init = Init::Normal(1.0 / rank as f64);
+            let (down, up) = match shape[..] {
+                [output, input] => (
+                    down.get((rank, input), "weight", init)?,
+                    up.get((output, rank), "weight", Init::Zeros)?,
+                ),
+                [output, input, kernel, _] => (
+                    down.get_conv(rank, input, kernel, "weight", init)?,
+                    up.get_conv(output, rank, 1, "weight", Init::Zeros)?,
+                ),
+                _ => {
+                    let found = format!("{path}: {shape:?}");
+                    return Err(Error::argument("LoraSet::load", "layers", "linear or convolution weights", found));
+                }
+            };
+            loaded.insert(path.clone(), LoraLayer { path: path.clone(), down, up, scale: 1.0 });
+        }
+        Ok(LoraSet { layers: Arc::new(loaded) })
+    }
+
+    /// The LoRA of a layer, where the set has one.
+    pub fn get(&self, path: &str) -> Option<&LoraLayer> {
+        self.layers.get(path)
+    }
+
+    /// How many layers have a LoRA.
+    pub fn len(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Whether the set is empty.
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
+    }
+}
+
+/// The LoRA sets of one forward pass, each with its scale at run time.
+#[derive(Clone, Debug, Default)]
+pub struct Loras {
+    sets: Vec<(LoraSet, f64)>,
+}
+
+impl Loras {
+    /// No LoRA: the base model as it is.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// One set at a scale.
+    pub fn one(set: &LoraSet, scale: f64) -> Self {
+        Self::none().with(set, scale)
+    }
+
+    /// These sets and one more. A set at scale 0 is left out: it would change nothing.
+    pub fn with(mut self, set: &LoraSet, scale: f64) -> Self {
+        if scale != 0.0 && !set.is_empty() {
+            self.sets.push((set.clone(), scale));
+        }
+        self
+    }
+
+    /// The LoRA layers for the base layer at `path`, with their scales.
+    pub(super) fn at<'a>(&'a self, path: &'a str) -> impl Iterator<Item = (&'a LoraLayer, f64)> {
+        self.sets.iter().filter_map(move |(set, scale)| set.get(path).map(|layer| (layer, *scale)))
+    }
+}

@@ -1,0 +1,122 @@
+//! Pointwise activation functions.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use candle_core::Tensor;
+
+use super::support::{Real, dispatch};
+use crate::Result;
+use crate::autograd::{Backward, Forward, Function, apply};
+
+/// A pointwise activation function. Named as `hidden_act` / `act_fn` in the configurations of transformers and
+/// diffusers name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// The identity.
+    #[default]
+    None,
+    /// `x sigmoid(x)`: `silu` or `swish`.
+    Silu,
+    /// `x Phi(x)` with the normal distribution function, by `erf` (not the tanh approximation): `gelu`.
+    Gelu,
+    /// `x sigmoid(1.702 x)`: `quick_gelu`, of OpenAI's CLIP.
+    QuickGelu,
+    /// `max(x, 0)`: `relu`, with the derivative 0 at 0, as in torch.
+    Relu,
+}
+
+impl Activation {
+    /// The function's value.
+    #[inline(always)]
+    pub(crate) fn value<T: Real>(self, x: T) -> T {
+        match self {
+            Activation::None => x,
+            Activation::Silu => x * sigmoid(x),
+            Activation::Gelu => x * normal_distribution(x),
+            Activation::QuickGelu => x * sigmoid(T::of(QUICK_GELU) * x),
+            // Written so that NaN passes through.
+            Activation::Relu => {
+                if x <= T::of(0.0) {
+                    T::of(0.0)
+                } else {
+                    x
+                }
+            }
+        }
+    }
+
+    /// The function's derivative.
+    #[inline(always)]
+    pub(crate) fn derivative<T: Real>(self, x: T) -> T {
+        let one = T::of(1.0);
+        match self {
+            Activation::None => one,
+            Activation::Silu => {
+                let s = sigmoid(x);
+                s + x * s * (one - s)
+            }
+            Activation::Gelu => normal_distribution(x) + x * normal_density(x),
+            Activation::QuickGelu => {
+                let s = sigmoid(T::of(QUICK_GELU) * x);
+                s + T::of(QUICK_GELU) * x * s * (one - s)
+            }
+            Activation::Relu => {
+                if x <= T::of(0.0) {
+                    T::of(0.0)
+                } else {
+                    one
+                }
+            }
+        }
+    }
+}
+
+const QUICK_GELU: f64 = 1.702;
+
+#[inline(always)]
+fn sigmoid<T: Real>(x: T) -> T {
+    // exp overflows to infinity for very negative x, of which the reciprocal is the right limit, 0.
+    T::of(1.0) / (T::of(1.0) + (-x).exp())
+}
+
+#[inline(always)]
+fn normal_distribution<T: Real>(x: T) -> T {
+    T::of(0.5) * (T::of(1.0) + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+}
+
+#[inline(always)]
+fn normal_density<T: Real>(x: T) -> T {
+    const FACTOR: f64 = 0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+    T::of(FACTOR) * (T::of(-0.5) * x * x).exp()
+}
+
+/// Applies a pointwise activation function to a tensor of any shape.
+///
+/// `x`: any shape, f32 or f64. Returns the same shape. [`Activation::None`] returns `x` itself.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) where the dtype is none of those supported.
+pub fn activation(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::None => Ok(x.clone()),
+        _ => apply(Pointwise(activation), &[x]),
+    }
+}
+
+struct Pointwise(Activation);
+
+impl Function for Pointwise {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        dispatch!("activation", inputs[0], T => cpu::forward::<T>(self.0, &inputs[0]))
+    }
+
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        dispatch!("activation", context.inputs[0], T => cpu::backward::<T>(self.0, context))
+    }
+}

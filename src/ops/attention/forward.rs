@@ -1,0 +1,95 @@
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::exponential::Exponential;
+use super::view::{KEYS, QUERIES, Tile, View, exponentials, maximum, pieces};
+use super::{Attention, Mask};
+use crate::Result;
+use crate::autograd::{Forward, Output};
+use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
+
+/// Saves the log-sum-exp of the scores of every query, `(batch, heads, tokens)`.
+pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Result<Forward> {
+    let (batch, tokens, channels) = inputs[0].dims3()?;
+    let (heads, width) = (op.heads, channels / op.heads);
+    let guards = inputs.iter().map(|input| values::<T>("attention", input)).collect::<Result<Vec<_>>>()?;
+    let views = guards
+        .iter()
+        .zip(inputs)
+        .map(|(numbers, input)| View::new(numbers, input, heads))
+        .collect::<Result<Vec<_>>>()?;
+    let (q, sources) = (views[0], &views[1..]);
+
+    let tiles: Vec<(usize, usize, usize, usize)> = (0..batch)
+        .flat_map(|b| {
+            (0..heads).flat_map(move |h| pieces(tokens, QUERIES).map(move |(start, count)| (b, h, start, count)))
+        })
+        .collect();
+    let computed: Vec<(Vec<T>, Vec<T>)> = tiles
+        .par_iter()
+        .map(|&(sample, head, start, count)| one_tile(q, sources, op.mask, (sample, head), (start, count)))
+        .collect();
+
+    let mut output = vec![T::of(0.0); batch * tokens * channels];
+    let mut log_sums = Vec::with_capacity(batch * heads * tokens);
+    for ((sample, head, start, _), (rows, sums)) in tiles.iter().zip(&computed) {
+        let first = (sample * tokens + start) * channels + head * width;
+        for (i, row) in rows.chunks_exact(width).enumerate() {
+            output[first + i * channels..][..width].copy_from_slice(row);
+        }
+        // The tiles come in the order of the samples, heads and queries.
+        log_sums.extend_from_slice(sums);
+    }
+    Ok(Forward {
+        outputs: vec![Output::from_vec(output, (batch, tokens, channels))],
+        saved: vec![tensor(log_sums, (batch, heads, tokens))?],
+    })
+}
+
+/// The outputs `(queries, d)` and the log-sum-exps of one tile of queries, by a softmax that goes over the blocks of
+/// keys once: a running maximum and sum a query, by which what has been summed up is rescaled.
+fn one_tile<T: Exponential>(
+    q: View<'_, T>,
+    sources: &[View<'_, T>],
+    mask: Mask,
+    (sample, head): (usize, usize),
+    (query, queries): (usize, usize),
+) -> (Vec<T>, Vec<T>) {
+    let width = q.width;
+    let q_rows = q.rows(sample, head, query, queries);
+    let mut output = vec![T::of(0.0); queries * width];
+    let mut maxima = vec![T::of(f64::NEG_INFINITY); queries];
+    let mut sums = vec![T::of(0.0); queries];
+    let mut buffer = vec![T::of(0.0); queries * KEYS];
+    for source in sources.chunks_exact(2) {
+        for (key, keys) in pieces(source[0].tokens, KEYS) {
+            let tile = Tile { query, queries, key, keys };
+            if tile.is_hidden(mask) {
+                break;
+            }
+            let scores = &mut buffer[..tile.area()];
+            tile.scores(scores, q_rows, source[0].rows(sample, head, key, keys), mask);
+            for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
+                // Finite from the first block on: a causal mask leaves key 0 to every query.
+                let largest = maximum(row, maxima[i]);
+                let sum = exponentials(row, largest);
+                if largest > maxima[i] {
+                    let shrink = (maxima[i] - largest).exp();
+                    sums[i] *= shrink;
+                    output[i * width..][..width].iter_mut().for_each(|x| *x *= shrink);
+                    maxima[i] = largest;
+                }
+                sums[i] += sum;
+            }
+            let probabilities = Matrix::row_major(scores, queries, keys);
+            let v_rows = source[1].rows(sample, head, key, keys);
+            matmul(&mut output, width, true, probabilities, v_rows, T::of(1.0), Threads::No);
+        }
+    }
+    for (row, sum) in output.chunks_exact_mut(width).zip(&sums) {
+        let share = T::of(1.0) / *sum;
+        row.iter_mut().for_each(|x| *x *= share);
+    }
+    let log_sums = maxima.iter().zip(&sums).map(|(maximum, sum)| *maximum + sum.ln()).collect();
+    (output, log_sums)
+}

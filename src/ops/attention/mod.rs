@@ -1,0 +1,117 @@
+//! Scaled dot-product attention over one or two sources of keys and values.
+
+mod backward;
+mod exponential;
+mod forward;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use candle_core::Tensor;
+
+use super::support::{dispatch, same_kind};
+use crate::autograd::{Backward, Forward, Function, apply};
+use crate::{Error, Result};
+
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Mask {
+    /// All of them.
+    #[default]
+    None,
+    /// Query `i` sees the keys `j <= i` (the text encoders of CLIP).
+    Causal,
+}
+
+/// Multi-head attention `softmax([q k^T, q k2^T] / sqrt(d)) [v; v2]`, with an optional second source of keys and
+/// values: the extended self-attention of the paper's KV encoder (section 4.1).
+///
+/// `q`: `(batch, tokens, heads * d)`; `own`: keys and values, each `(batch, own tokens, heads * d)`; `reference`: keys
+/// and values, each `(batch or 1, reference tokens, heads * d)`, where 1 stands for one reference shared by the whole
+/// batch. Returns `(batch, tokens, heads * d)`. One softmax runs over both sources; no reference tokens give plain
+/// attention. Gradients for every argument that is part of a graph; that of a shared reference is summed over the
+/// batch.
+///
+/// Both sources are read where they lie, never concatenated. The scores are made a tile at a time (FlashAttention,
+/// Dao et al. 2022): beyond inputs and output a forward pass keeps one number a query and head for the backward pass,
+/// so the memory is linear in the tokens. Results do not depend on the number of threads.
+///
+/// # Errors
+/// [`Error::Argument`] where shapes, dtypes or devices do not fit, where there is no key at all, and where
+/// [`Mask::Causal`] meets a reference, whose tokens have no place in the order.
+pub fn attention(
+    q: &Tensor,
+    own: (&Tensor, &Tensor),
+    reference: Option<(&Tensor, &Tensor)>,
+    heads: usize,
+    mask: Mask,
+) -> Result<Tensor> {
+    let wrong =
+        |argument, expected: String, found: String| Err(Error::argument("attention", argument, expected, found));
+    let [batch, _, channels] = q.dims()[..] else {
+        return wrong("q", "(batch, tokens, channels)".into(), format!("{:?}", q.dims()));
+    };
+    if heads == 0 || channels == 0 || channels % heads != 0 {
+        return wrong("heads", format!("a divisor of the {channels} channels of `q`"), heads.to_string());
+    }
+    let fits = |argument, tensor: &Tensor, shared: bool, tokens: Option<usize>| {
+        same_kind("attention", q, argument, tensor)?;
+        match tensor.dims()[..] {
+            [b, n, c]
+                if c == channels && (b == batch || shared && b == 1) && tokens.is_none_or(|tokens| tokens == n) =>
+            {
+                Ok((b, n))
+            }
+            _ => {
+                let batch = if shared { format!("{batch} or 1") } else { batch.to_string() };
+                let tokens = tokens.map_or("tokens".into(), |tokens| tokens.to_string());
+                Err(Error::argument(
+                    "attention",
+                    argument,
+                    format!("({batch}, {tokens}, {channels})"),
+                    format!("{:?}", tensor.dims()),
+                ))
+            }
+        }
+    };
+    let (_, own_tokens) = fits("own keys", own.0, false, None)?;
+    fits("own values", own.1, false, Some(own_tokens))?;
+    let mut inputs = vec![q, own.0, own.1];
+    let mut tokens = own_tokens;
+    if let Some((keys, values)) = reference {
+        let (key_batch, reference_tokens) = fits("reference keys", keys, true, None)?;
+        let (value_batch, _) = fits("reference values", values, true, Some(reference_tokens))?;
+        if value_batch != key_batch {
+            return wrong("reference values", format!("batch {key_batch}, as the keys"), value_batch.to_string());
+        }
+        if mask == Mask::Causal {
+            return wrong("reference", "none together with a causal mask".into(), format!("{reference_tokens} tokens"));
+        }
+        tokens += reference_tokens;
+        inputs.extend([keys, values]);
+    }
+    if tokens == 0 {
+        return wrong("own keys", "at least one key".into(), "none".into());
+    }
+    apply(Attention { heads, mask }, &inputs)
+}
+
+/// Its inputs are `q, k, v` or `q, k, v, k2, v2`.
+struct Attention {
+    heads: usize,
+    mask: Mask,
+}
+
+impl Function for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        dispatch!("attention", inputs[0], T => forward::forward::<T>(self, inputs))
+    }
+
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        dispatch!("attention", context.inputs[0], T => backward::backward::<T>(self, context))
+    }
+}

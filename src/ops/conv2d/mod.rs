@@ -1,0 +1,79 @@
+//! Two-dimensional convolution, channels last.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use candle_core::Tensor;
+
+use super::linear::linear;
+use super::support::{dispatch, same_kind};
+use crate::autograd::{Backward, Forward, Function, apply};
+use crate::{Error, Result};
+
+/// Two-dimensional cross-correlation (torch: `F.conv2d`, in channels-last layout).
+///
+/// `x`: `(batch, height, width, in_channels)`; `weight`: `(out_channels, kernel_height, kernel_width, in_channels)`;
+/// `bias`: `(out_channels,)`. `padding` zeros are put on every side. Returns `(batch, out_height, out_width,
+/// out_channels)` with `out = (in + 2 padding - kernel) / stride + 1`, rounded down. Gradients for every argument that
+/// is part of a graph, equal bit for bit between runs.
+///
+/// # Errors
+/// [`Error::Argument`] where shapes, dtypes or devices do not fit, the stride is 0 or the kernel exceeds the padded
+/// image.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    let wrong = |argument, expected: String, found: String| Err(Error::argument("conv2d", argument, expected, found));
+    let &[out, kernel_height, kernel_width, channels] = weight.dims() else {
+        let expected = "(out_channels, kernel_height, kernel_width, in_channels)".to_owned();
+        return wrong("weight", expected, format!("{:?}", weight.dims()));
+    };
+    if weight.elem_count() == 0 {
+        return wrong("weight", "no empty dimension".to_owned(), format!("{:?}", weight.dims()));
+    }
+    let &[_, height, width, x_channels] = x.dims() else {
+        return wrong("x", format!("(batch, height, width, {channels})"), format!("{:?}", x.dims()));
+    };
+    if x_channels != channels || x.elem_count() == 0 {
+        return wrong("x", format!("(batch, height, width, {channels})"), format!("{:?}", x.dims()));
+    }
+    same_kind("conv2d", x, "weight", weight)?;
+    if let Some(bias) = bias {
+        same_kind("conv2d", x, "bias", bias)?;
+        if bias.dims() != [out] {
+            return wrong("bias", format!("({out},)"), format!("{:?}", bias.dims()));
+        }
+    }
+    if stride == 0 {
+        return wrong("stride", "at least 1".to_owned(), "0".to_owned());
+    }
+    if kernel_height > height + 2 * padding || kernel_width > width + 2 * padding {
+        let room = format!("at most the padded image, {} x {}", height + 2 * padding, width + 2 * padding);
+        return wrong("weight", room, format!("a kernel of {kernel_height} x {kernel_width}"));
+    }
+    if (kernel_height, kernel_width, stride, padding) == (1, 1, 1, 0) {
+        return linear(x, &weight.reshape((out, channels))?, bias);
+    }
+    match bias {
+        Some(bias) => apply(Conv2d { stride, padding }, &[x, weight, bias]),
+        None => apply(Conv2d { stride, padding }, &[x, weight]),
+    }
+}
+
+struct Conv2d {
+    stride: usize,
+    padding: usize,
+}
+
+impl Function for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        dispatch!("conv2d", inputs[0], T => cpu::forward::<T>(self, &inputs[0], &inputs[1], inputs.get(2)))
+    }
+
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        dispatch!("conv2d", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+}

@@ -1,0 +1,94 @@
+//! Bilinear resizing, channels last.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use candle_core::Tensor;
+
+use super::support::dispatch;
+use crate::autograd::{Backward, Forward, Function, apply};
+use crate::{Error, Result};
+
+/// Bilinear resizing (torch: `F.interpolate(mode="bilinear", align_corners=False, antialias=antialias)`, in
+/// channels-last layout).
+///
+/// `x`: `(batch, height, width, channels)`. Returns `(batch, height, width, channels)` of the height and width given.
+/// With `antialias`, the triangle filter is stretched by the factor of a reduction, so every input pixel counts; an
+/// enlargement is the same with and without. Gradient for `x`: the transposed resampling.
+///
+/// # Errors
+/// [`Error::Argument`] where `x` has another rank or is empty, or the new height or width is 0.
+pub fn resize_bilinear(x: &Tensor, height: usize, width: usize, antialias: bool) -> Result<Tensor> {
+    if x.rank() != 4 || x.elem_count() == 0 {
+        let expected = "(batch, height, width, channels), none of them 0";
+        return Err(Error::argument("resize_bilinear", "x", expected, format!("{:?}", x.dims())));
+    }
+    for (argument, size) in [("height", height), ("width", width)] {
+        if size == 0 {
+            return Err(Error::argument("resize_bilinear", argument, "at least 1", "0"));
+        }
+    }
+    let (_, old_height, old_width, _) = x.dims4()?;
+    let vertical = Taps::new(old_height, height, antialias);
+    let horizontal = Taps::new(old_width, width, antialias);
+    apply(ResizeBilinear { vertical, horizontal }, &[x])
+}
+
+struct ResizeBilinear {
+    vertical: Taps,
+    horizontal: Taps,
+}
+
+/// The linear map from the pixels of one axis to those of its resized version.
+struct Taps {
+    from: usize,
+    /// For every output pixel, input pixels and their weights.
+    rows: Vec<Vec<(usize, f64)>>,
+}
+
+impl Taps {
+    fn new(from: usize, to: usize, antialias: bool) -> Self {
+        let scale = from as f64 / to as f64;
+        let row = |output: usize| {
+            let centre = scale * (output as f64 + 0.5);
+            if antialias {
+                // The triangle of half-width `reach`, sampled at the pixels' centres and normalised.
+                let reach = scale.max(1.0);
+                let first = (centre - reach + 0.5).max(0.0) as usize;
+                let end = ((centre + reach + 0.5) as usize).min(from);
+                let weight = |i: usize| (1.0 - ((i as f64 - centre + 0.5) / reach).abs()).max(0.0);
+                let total: f64 = (first..end).map(weight).sum();
+                return (first..end).map(|i| (i, weight(i) / total)).collect();
+            }
+            let position = (centre - 0.5).max(0.0);
+            let first = (position as usize).min(from - 1);
+            let second = (first + 1).min(from - 1);
+            let share = position - first as f64;
+            if first == second { vec![(first, 1.0)] } else { vec![(first, 1.0 - share), (second, share)] }
+        };
+        Taps { from, rows: (0..to).map(row).collect() }
+    }
+
+    fn transposed(&self) -> Self {
+        let mut rows = vec![Vec::new(); self.from];
+        for (output, taps) in self.rows.iter().enumerate() {
+            taps.iter().for_each(|(input, weight)| rows[*input].push((output, *weight)));
+        }
+        Taps { from: self.rows.len(), rows }
+    }
+}
+
+impl Function for ResizeBilinear {
+    fn name(&self) -> &'static str {
+        "resize_bilinear"
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        dispatch!("resize_bilinear", inputs[0], T => cpu::forward::<T>(self, &inputs[0]))
+    }
+
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        dispatch!("resize_bilinear", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+}
