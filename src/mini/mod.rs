@@ -1,1 +1,3 @@
-//! (in the making)
+//! The miniature: a small but complete instance of the method, and the procedural portraits it is trained on.
+
+pub mod portrait;

@@ -1,0 +1,3 @@
+//! What portraits promise.
+
+use super::*;

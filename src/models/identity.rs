@@ -1,0 +1,29 @@
+//! What a network must do to tell persons apart.
+
+use candle_core::{D, Tensor};
+
+use crate::Result;
+
+/// A network that maps a face to a vector of unit length, near those of the same person (ArcFace and its kin).
+pub trait IdentityNetwork {
+    /// Embeds aligned crops `(batch, 3, crop_size, crop_size)`, RGB in `[-1, 1]`, as
+    /// [`aligned_crop`](crate::face::aligned_crop) makes them, to `(batch, dimension)`, of unit length. Differentiable
+    /// in the pixels.
+    ///
+    /// # Errors
+    /// Where the shape is another.
+    fn embed(&self, faces: &Tensor) -> Result<Tensor>;
+
+    /// Width and height of the crops.
+    fn crop_size(&self) -> usize;
+
+    /// Length of an embedding.
+    fn dimension(&self) -> usize;
+}
+
+/// Vectors of unit length: `x` `(..., dimension)` divided by its norm. The zero vector stays zero.
+pub(crate) fn normalise(x: &Tensor) -> Result<Tensor> {
+    // Small enough not to be seen in f32 beside any norm that means something.
+    let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
+    Ok(x.broadcast_div(&norm)?)
+}
