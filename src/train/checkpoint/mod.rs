@@ -168,13 +168,11 @@ impl Checkpoint {
 }
 
 fn save_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
-    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path).map_err(|error| {
-        match error {
-            safetensors::SafeTensorError::IoError(source) => {
-                Error::Io { action: "write", path: path.to_path_buf(), source }
-            }
-            other => Error::Format { path: path.to_path_buf(), reason: format!("cannot be written: {other}") },
+    safetensors::serialize_to_file(tensors, None, path).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => {
+            Error::Io { action: "write", path: path.to_path_buf(), source }
         }
+        other => Error::Format { path: path.to_path_buf(), reason: format!("cannot be written: {other}") },
     })
 }
 

@@ -96,6 +96,15 @@ fn only_the_newest_are_kept_and_only_our_folders_are_removed() {
 }
 
 #[test]
+fn the_checkpoint_just_written_is_kept_even_beside_newer_ones() {
+    let directory = TempDir::new().unwrap();
+    save(&directory, 50, 0);
+    save(&directory, 100, 0);
+    save(&directory, 60, 1);
+    assert_eq!(names(&directory), ["checkpoint-100", "checkpoint-60"]);
+}
+
+#[test]
 fn a_directory_without_checkpoints_has_no_latest() {
     let directory = TempDir::new().unwrap();
     assert_eq!(latest(directory.path()).unwrap(), None);

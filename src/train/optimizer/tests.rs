@@ -51,7 +51,7 @@ fn gradients(step: u64, dtype: DType) -> Gradients {
     let mut gradients = Gradients::new();
     gradients.insert("lora.up", normal("up gradient", step, (3, 2), dtype).t().unwrap());
     gradients.insert("adapter.proj", normal("proj gradient", step, 5, dtype));
-    if step % 2 == 0 {
+    if step.is_multiple_of(2) {
         gradients.insert("lora.idle", normal("idle gradient", step, 4, dtype));
     }
     gradients
