@@ -5,7 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde_json::{Map, Value};
+use serde::Serializer;
+use serde_json::Value;
 
 use super::files;
 use super::tensorboard::EventWriter;
@@ -57,17 +58,22 @@ impl MetricsWriter {
     /// # Errors
     /// [`Error::Io`] where a file cannot be written; [`Error::Argument`] for a name `step` or `seconds`.
     pub fn write(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
-        let mut line = Map::new();
-        line.insert("step".into(), step.into());
-        line.insert("seconds".into(), ((self.seconds() * 1000.0).round() / 1000.0).into());
+        let seconds = (self.seconds() * 1000.0).round() / 1000.0;
+        let mut fields = vec![("step", Value::from(step)), ("seconds", Value::from(seconds))];
         for (name, value) in values {
-            if line.insert(name.to_string(), Value::from(*value)).is_some() {
+            if fields.iter().any(|(taken, _)| taken == name) {
                 let expected = "names that differ from each other, `step` and `seconds`";
                 return Err(Error::argument("MetricsWriter::write", "values", expected, format!("`{name}` again")));
             }
+            fields.push((name, Value::from(*value)));
         }
-        let line = format!("{}\n", Value::Object(line));
-        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))?;
+        // A list of fields rather than a map, so that they stand in the line in this order.
+        let mut line = Vec::new();
+        serde_json::Serializer::new(&mut line)
+            .collect_map(fields)
+            .map_err(|error| Error::Format { path: self.path.clone(), reason: error.to_string() })?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(Error::io("write", &self.path))?;
         if let Some(events) = &mut self.events {
             events.scalars(step, values)?;
         }
@@ -151,6 +157,16 @@ mod tests {
         let line = &lines(&directory)[0];
         assert_eq!((&line["step"], &line["loss"], &line["identity_loss"]), (&0.into(), &0.5.into(), &Value::Null));
         assert!(line["seconds"].as_f64().unwrap() >= 0.0);
+    }
+
+    #[test]
+    fn fields_stand_in_the_order_given_after_step_and_seconds() {
+        let directory = TempDir::new().unwrap();
+        let mut metrics = MetricsWriter::open(directory.path(), 0, false).unwrap();
+        metrics.write(7, &[("loss", 0.5), ("grad_norm", 2.0)]).unwrap();
+        let text = std::fs::read_to_string(directory.path().join("metrics.jsonl")).unwrap();
+        assert!(text.starts_with("{\"step\":7,\"seconds\":0.0"), "{text}");
+        assert!(text.ends_with(",\"loss\":0.5,\"grad_norm\":2.0}\n"), "{text}");
     }
 
     #[test]
