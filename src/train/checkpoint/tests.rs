@@ -86,6 +86,7 @@ fn only_the_newest_are_kept_and_only_our_folders_are_removed() {
     let directory = TempDir::new().unwrap();
     for other in ["checkpoint-best", "checkpoint-007", "samples"] {
         fs::create_dir(directory.path().join(other)).unwrap();
+        fs::write(directory.path().join(other).join("state.json"), b"{}").unwrap();
     }
     for step in [9, 10, 100] {
         save(&directory, step, 2);
