@@ -11,6 +11,7 @@
 //! | dropping of conditions while training | [`dropout`] |
 
 mod alignment;
+mod base;
 pub mod dropout;
 mod face_encoder;
 mod identity_loss;
@@ -19,6 +20,7 @@ mod loss;
 mod preview;
 
 pub use alignment::LoraScale;
+pub use base::Base;
 pub use face_encoder::{AdapterTokens, FaceEncoder, FaceEncoderConfig};
 pub use identity_loss::IdentityLoss;
 pub use kv_encoder::{KvEncoder, KvEncoderConfig};

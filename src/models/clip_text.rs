@@ -1,6 +1,6 @@
 //! CLIP's text encoder, with the tensor names of transformers' `CLIPTextModelWithProjection`.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::clip_layers::{Encoder, Shape, layer_norm};
@@ -138,6 +138,11 @@ impl ClipText {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where the weights lie, and so where token ids belong.
+    pub fn device(&self) -> &Device {
+        self.token_embedding.table().device()
     }
 
     /// Embeds prompts given as token ids, u32 `(batch, tokens)`, each with at least one end-of-text token.

@@ -1,6 +1,6 @@
 //! CLIP's image encoder, with the tensor names of transformers' `CLIPVisionModelWithProjection`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::clip_layers::{Encoder, Shape, layer_norm};
@@ -135,6 +135,12 @@ impl ClipVision {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The type of the weights, and where they lie.
+    pub fn kind(&self) -> (DType, Device) {
+        let table = self.position_embedding.table();
+        (table.dtype(), table.device().clone())
     }
 
     /// Images `(batch, 3, height, width)` in `[-1, 1]` to the encoder's input `(batch, 3, image_size, image_size)`:

@@ -13,6 +13,7 @@ pub mod ip_adapter;
 pub mod mini_face_locator;
 pub mod mini_identity;
 pub mod resampler;
+pub mod roles;
 pub mod taesd;
 pub mod tokenizer;
 pub mod unet;

@@ -1,0 +1,103 @@
+//! What the method asks of the networks around the U-Net. Anything that fills a role can take part: the published
+//! networks, the miniature's, or a user's own.
+
+use candle_core::Tensor;
+
+use super::clip_text::{ClipText, TextEmbeddings};
+use super::clip_vision::ClipVision;
+use super::taesd::Taesd;
+use super::tokenizer::PromptTokenizer;
+use crate::Result;
+use crate::random::Address;
+
+/// Turns images into latents.
+pub trait LatentEncoder: Send + Sync {
+    /// `images`: `(batch, 3, height, width)`, RGB in [-1, 1]. Returns scaled latents (variance near one),
+    /// `(batch, channels, height / factor, width / factor)`. An encoder that samples its posterior draws at `noise`.
+    ///
+    /// # Errors
+    /// Where the shape does not fit.
+    fn encode(&self, images: &Tensor, noise: Address) -> Result<Tensor>;
+
+    /// Pixels a latent stands for, in each direction (8 for SDXL).
+    fn factor(&self) -> usize;
+}
+
+/// Turns latents into images.
+pub trait LatentDecoder: Send + Sync {
+    /// `latents`: scaled latents `(batch, channels, height, width)`. Returns images in [-1, 1], not clamped. The
+    /// gradient flows.
+    ///
+    /// # Errors
+    /// Where the shape does not fit.
+    fn decode(&self, latents: &Tensor) -> Result<Tensor>;
+}
+
+/// Turns prompts into text embeddings.
+pub trait TextEncoder: Send + Sync {
+    /// Embeds the prompts of a batch.
+    ///
+    /// # Errors
+    /// Where a prompt cannot be tokenised.
+    fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings>;
+}
+
+/// Turns images into features for the resampler.
+pub trait ImageEncoder: Send + Sync {
+    /// `images`: `(batch, 3, height, width)`, RGB in [-1, 1]. Returns the penultimate hidden states,
+    /// `(batch, patches + 1, width)`.
+    ///
+    /// # Errors
+    /// Where the shape does not fit.
+    fn features(&self, images: &Tensor) -> Result<Tensor>;
+
+    /// The features of "no image": a picture that is zero after normalisation, `(1, patches + 1, width)`.
+    ///
+    /// # Errors
+    /// Where memory is out.
+    fn null_features(&self) -> Result<Tensor>;
+}
+
+impl LatentEncoder for Taesd {
+    fn encode(&self, images: &Tensor, _noise: Address) -> Result<Tensor> {
+        Taesd::encode(self, images)
+    }
+
+    fn factor(&self) -> usize {
+        self.config().downscale()
+    }
+}
+
+impl LatentDecoder for Taesd {
+    fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        Taesd::decode(self, latents)
+    }
+}
+
+/// One CLIP text encoder with its tokenizer.
+#[derive(Clone, Debug)]
+pub struct TokenizedClipText {
+    /// Prompts to token ids.
+    pub tokenizer: PromptTokenizer,
+    /// Token ids to embeddings.
+    pub network: ClipText,
+}
+
+impl TextEncoder for TokenizedClipText {
+    fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings> {
+        let ids = self.tokenizer.encode(prompts, self.network.device())?;
+        self.network.forward(&ids)
+    }
+}
+
+impl ImageEncoder for ClipVision {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        self.penultimate_hidden_states(&self.preprocess(images)?)
+    }
+
+    fn null_features(&self) -> Result<Tensor> {
+        let size = self.config().image_size;
+        let (dtype, device) = self.kind();
+        self.penultimate_hidden_states(&Tensor::zeros((1, 3, size, size), dtype, &device)?)
+    }
+}
