@@ -89,13 +89,7 @@ impl Address {
     ///
     /// # Errors
     /// Where the device cannot hold the tensor.
-    pub fn normal_batch(
-        self,
-        batch: usize,
-        shape: impl Into<Shape>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    pub fn normal_batch(self, batch: usize, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = shape.into();
         let samples =
             (0..batch).map(|i| self.sample(i).normal(shape.clone(), dtype, device)).collect::<Result<Vec<_>>>()?;

@@ -293,7 +293,8 @@ impl FaceDataset {
             };
             let size = self.config.resolution;
             let augment = self.config.sources[self.items[conditioning].source].augment;
-            let condition = if augment { augmented(condition, Address { purpose: "augment", ..pair }) } else { condition };
+            let condition =
+                if augment { augmented(condition, Address { purpose: "augment", ..pair }) } else { condition };
             return Ok(Sample {
                 target: resize_and_crop(&picture, size, crop("crop target")),
                 conditioning: resize_and_crop(&condition, size, crop("crop conditioning")),
@@ -326,7 +327,12 @@ impl FaceDataset {
             return Err(Error::argument("FaceDataset::batch", "batch_size", "at least 1", "0"));
         }
         if rank >= world_size {
-            return Err(Error::argument("FaceDataset::batch", "rank", format!("less than {world_size}"), rank.to_string()));
+            return Err(Error::argument(
+                "FaceDataset::batch",
+                "rank",
+                format!("less than {world_size}"),
+                rank.to_string(),
+            ));
         }
         let first = (step * u64::from(world_size) + u64::from(rank)) * batch_size as u64;
         let samples =
@@ -362,7 +368,11 @@ impl FaceDataset {
         let (first, end) = self.ranges[drawn.unwrap_or(self.ranges.len() - 1)];
         let start = first + rng.random_range(0..end - first);
         // Once its folder is used up, an attempt goes on to the others.
-        if attempt < end - first { first + (start - first + attempt) % (end - first) } else { (start + attempt) % count }
+        if attempt < end - first {
+            first + (start - first + attempt) % (end - first)
+        } else {
+            (start + attempt) % count
+        }
     }
 
     fn others(&self, target: usize) -> Vec<usize> {

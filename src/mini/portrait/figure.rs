@@ -1,6 +1,8 @@
 //! The person: head, face and neck.
 
-use super::canvas::{Canvas, Mask, Point, Rgb, ellipse, hash, lerp, mix, noise, scaled, smooth_closed, smooth_open, smoothstep};
+use super::canvas::{
+    Canvas, Mask, Point, Rgb, ellipse, hash, lerp, mix, noise, scaled, smooth_closed, smooth_open, smoothstep,
+};
 use super::frame::Frame;
 use super::{Age, Expression, FacialHair, Gender, Glasses, HairStyle, Identity, Pose, Scene};
 use super::{attire, hair};
@@ -128,10 +130,8 @@ impl Figure<'_> {
         let i = self.identity;
         for side in [-1.0, 1.0] {
             let centre = [side * (i.face_width + 0.035), 0.1];
-            let shape: Vec<Point> = ellipse(centre, i.ear_size * 0.62, i.ear_size)
-                .iter()
-                .map(|p| self.frame.back([p[0], p[1]]))
-                .collect();
+            let shape: Vec<Point> =
+                ellipse(centre, i.ear_size * 0.62, i.ear_size).iter().map(|p| self.frame.back([p[0], p[1]])).collect();
             let shade = self.shade(side * 0.6, 0.0) * 0.93;
             canvas.shape(&shape, self.line(), |_| (self.skin(shade), 1.0));
             let inner: Vec<Point> = [[0.02, -0.55], [0.3, -0.3], [0.2, 0.1], [0.0, 0.4]]
@@ -224,7 +224,8 @@ impl Figure<'_> {
 
     fn beard(&self, canvas: &mut Canvas, layout: &Layout) {
         let (i, f) = (self.identity, self.frame);
-        let hair = if i.hair_style == HairStyle::Bald || i.age != Age::Old { i.hair() } else { mix(i.hair(), [0.8; 3], 0.25) };
+        let hair =
+            if i.hair_style == HairStyle::Bald || i.age != Age::Old { i.hair() } else { mix(i.hair(), [0.8; 3], 0.25) };
         let (w, h, my) = (i.face_width, i.face_height, layout.mouth_y);
         let region: Vec<Point> = match i.facial_hair {
             FacialHair::None | FacialHair::Moustache => return,
@@ -315,10 +316,26 @@ impl Figure<'_> {
         let mask = canvas.polygon(&smooth_closed(&side));
         canvas.glaze(&mask, |_| (self.skin(0.68), 0.25 + 0.35 * i.nose_bridge));
         canvas.spot([tip[0], tip[1] + f.length(0.075)], f.length(w * 1.3), f.length(0.07), self.skin(0.5), 0.65);
-        canvas.line(&[bridge, f.at(away * 0.05, lerp(layout.eye_y, y, 0.6), f.depth([0.0, y]) + 0.03)], [width * 0.5, width * 0.9], self.skin(0.6), 0.2 + 0.5 * i.nose_bridge, 0.15 + 0.75 * i.nose_bridge);
+        canvas.line(
+            &[bridge, f.at(away * 0.05, lerp(layout.eye_y, y, 0.6), f.depth([0.0, y]) + 0.03)],
+            [width * 0.5, width * 0.9],
+            self.skin(0.6),
+            0.2 + 0.5 * i.nose_bridge,
+            0.15 + 0.75 * i.nose_bridge,
+        );
         let base = f.depth([0.0, y]);
         let mut curve = Vec::new();
-        for (x, dy, dz) in [(-1.0, -0.05, 0.0), (-1.08, 0.0, 0.0), (-0.7, 0.032, 0.04), (-0.35, 0.02, 0.09), (0.0, 0.045, 0.12), (0.35, 0.02, 0.09), (0.7, 0.032, 0.04), (1.08, 0.0, 0.0), (1.0, -0.05, 0.0)] {
+        for (x, dy, dz) in [
+            (-1.0, -0.05, 0.0),
+            (-1.08, 0.0, 0.0),
+            (-0.7, 0.032, 0.04),
+            (-0.35, 0.02, 0.09),
+            (0.0, 0.045, 0.12),
+            (0.35, 0.02, 0.09),
+            (0.7, 0.032, 0.04),
+            (1.08, 0.0, 0.0),
+            (1.0, -0.05, 0.0),
+        ] {
             curve.push(f.at(x * w, y + dy, base * 0.95 + dz));
         }
         canvas.line(&smooth_open(&curve), [width, width], dark, 0.75, 0.85);
@@ -326,7 +343,13 @@ impl Figure<'_> {
             let nostril = f.at(side * w * 0.5, y + 0.022, base + 0.06);
             canvas.spot(nostril, f.length(w * 0.34), f.length(0.034), self.skin(0.25), 0.95);
         }
-        canvas.spot([tip[0] + f.length(0.1 * self.pose.light[0] * w / 0.1), tip[1] - f.length(0.01)], f.length(0.06), f.length(0.055), self.skin(1.3), 0.6);
+        canvas.spot(
+            [tip[0] + f.length(0.1 * self.pose.light[0] * w / 0.1), tip[1] - f.length(0.01)],
+            f.length(0.06),
+            f.length(0.055),
+            self.skin(1.3),
+            0.6,
+        );
     }
 
     fn mouth(&self, canvas: &mut Canvas, layout: &Layout) -> [Point; 2] {
@@ -370,10 +393,17 @@ impl Figure<'_> {
         if open > 0.0 {
             let mut inner = smooth_open(&seam);
             inner.extend(smooth_open(
-                &[(w * 0.94, corner + 0.01), (w * 0.5, y + open * 0.85), (0.0, y + open), (-w * 0.5, y + open * 0.85), (-w * 0.94, corner + 0.01)]
-                    .map(|(x, dy)| at(x, dy)),
+                &[
+                    (w * 0.94, corner + 0.01),
+                    (w * 0.5, y + open * 0.85),
+                    (0.0, y + open),
+                    (-w * 0.5, y + open * 0.85),
+                    (-w * 0.94, corner + 0.01),
+                ]
+                .map(|(x, dy)| at(x, dy)),
             ));
-            let teeth = f.local(at(0.0, y + open * if self.pose.expression == Expression::Grin { 0.72 } else { 0.35 }))[1];
+            let teeth =
+                f.local(at(0.0, y + open * if self.pose.expression == Expression::Grin { 0.72 } else { 0.35 }))[1];
             canvas.shape(&inner, self.line() * 0.6, |p| {
                 let below = smoothstep(teeth - 0.012, teeth + 0.012, f.local(p)[1]);
                 (mix(self.lit([0.97, 0.95, 0.91]), [0.32, 0.07, 0.08], below), 1.0)
@@ -433,7 +463,8 @@ impl Figure<'_> {
             let flick = [at(w * 0.9, -h * 0.15), at(w * 1.28, -h * 0.75)];
             canvas.line(&flick, [width * 0.9, width * 0.25], lash, 0.95, 0.9);
         }
-        let crease: Vec<Point> = [[-0.85, -0.55], [-0.4, -1.4], [0.2, -1.62], [0.8, -1.2]].map(|p: Point| at(p[0] * w, p[1] * h)).to_vec();
+        let crease: Vec<Point> =
+            [[-0.85, -0.55], [-0.4, -1.4], [0.2, -1.62], [0.8, -1.2]].map(|p: Point| at(p[0] * w, p[1] * h)).to_vec();
         canvas.line(&smooth_open(&crease), [width * 0.5; 2], self.skin(0.5), 0.55, 0.3);
         at(0.0, 0.0)
     }
@@ -446,12 +477,19 @@ impl Figure<'_> {
             _ => 0.0,
         };
         let frown = if self.pose.expression == Expression::Serious { 0.03 } else { 0.0 };
-        let color = if i.hair_style == HairStyle::Bald && i.age != Age::Old { mix(i.hair(), [0.1; 3], 0.5) } else { scaled(i.hair(), 0.72) };
+        let color = if i.hair_style == HairStyle::Bald && i.age != Age::Old {
+            mix(i.hair(), [0.1; 3], 0.5)
+        } else {
+            scaled(i.hair(), 0.72)
+        };
         for side in [-1.0, 1.0] {
             let w = i.eye_width * 1.22;
             let base = layout.eye_y - i.brow_height - raise;
             let at = |t: f32, up: f32| {
-                f.face([side * (i.eye_spacing + t * w), base - t * w * i.brow_tilt.tan() - up + if t < 0.0 { frown } else { 0.0 }])
+                f.face([
+                    side * (i.eye_spacing + t * w),
+                    base - t * w * i.brow_tilt.tan() - up + if t < 0.0 { frown } else { 0.0 },
+                ])
             };
             let arch = i.brow_arch;
             let curve = smooth_open(&[at(-0.95, 0.0), at(-0.3, arch * 0.6), at(0.35, arch), at(1.05, -0.01)]);
@@ -467,7 +505,8 @@ impl Figure<'_> {
             Glasses::Round => (0.205, 0.195, 1.0),
             Glasses::Square => (0.215, 0.16, 0.45),
         };
-        let color = [[0.08, 0.07, 0.08], [0.52, 0.16, 0.12], [0.72, 0.56, 0.22], [0.14, 0.22, 0.45]][i.glasses_color.min(3) as usize];
+        let color = [[0.08, 0.07, 0.08], [0.52, 0.16, 0.12], [0.72, 0.56, 0.22], [0.14, 0.22, 0.45]]
+            [i.glasses_color.min(3) as usize];
         let width = f.length(0.042);
         let (rx, y) = (rx.min(i.eye_spacing - 0.03), layout.eye_y + 0.015);
         for side in [-1.0, 1.0] {
@@ -488,7 +527,8 @@ impl Figure<'_> {
             });
             ring.extend(ring.first().copied());
             canvas.line(&ring, [width; 2], color, 1.0, 1.0);
-            let arm = [f.at(side * (i.eye_spacing + rx), y - 0.05, 0.35), f.back([side * i.face_width * 1.02, y - 0.02])];
+            let arm =
+                [f.at(side * (i.eye_spacing + rx), y - 0.05, 0.35), f.back([side * i.face_width * 1.02, y - 0.02])];
             canvas.line(&arm, [width * 0.9; 2], color, 1.0, 0.9);
         }
         let z = f.depth([0.0, y]) + 0.07;
