@@ -46,6 +46,13 @@ fn unusable(path: &Path, reason: impl Into<String>) -> Error {
 /// larger than [`MAX_PIXELS`].
 pub fn load_image(path: impl AsRef<Path>) -> Result<RgbImage> {
     let path = path.as_ref();
+    let length = fs::metadata(path).map_err(Error::io("read", path))?.len();
+    if length > MAX_BYTES {
+        return Err(unusable(
+            path,
+            format!("the file is too large: expected at most {MAX_BYTES} bytes, found {length}"),
+        ));
+    }
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     if bytes.is_empty() {
         return Err(unusable(path, "the file is empty"));

@@ -21,6 +21,7 @@
 mod attire;
 mod backdrop;
 mod canvas;
+mod features;
 mod figure;
 mod frame;
 mod hair;
