@@ -43,7 +43,8 @@ fn run(arguments: Arguments) -> lcm_lookahead::Result<()> {
         force: arguments.force,
     };
     let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} pictures, {eta} left").unwrap_or(ProgressStyle::default_bar()),
+        ProgressStyle::with_template("{bar:40} {pos}/{len} pictures, {eta} left")
+            .unwrap_or(ProgressStyle::default_bar()),
     );
     let summary = generate_dataset(&config, |done, total| {
         bar.set_length(total as u64);

@@ -46,6 +46,13 @@ fn unusable(path: &Path, reason: impl Into<String>) -> Error {
 /// larger than [`MAX_PIXELS`].
 pub fn load_image(path: impl AsRef<Path>) -> Result<RgbImage> {
     let path = path.as_ref();
+    let length = fs::metadata(path).map_err(Error::io("read", path))?.len();
+    if length > MAX_BYTES {
+        return Err(unusable(
+            path,
+            format!("the file is too large: expected at most {MAX_BYTES} bytes, found {length}"),
+        ));
+    }
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     if bytes.is_empty() {
         return Err(unusable(path, "the file is empty"));
@@ -72,7 +79,10 @@ pub fn load_image(path: impl AsRef<Path>) -> Result<RgbImage> {
     // Decoders trust the header when they reserve memory. Deflate packs at most 1,032 bytes into one (eight one-bit
     // pixels each), JPEG about 64 pixels into a bit or two: a header that promises far more than that lies.
     if pixels > bytes.len() as u64 * 10_000 {
-        return Err(unusable(path, format!("cut off or corrupt: too short for the {width} x {height} pixels it promises")));
+        return Err(unusable(
+            path,
+            format!("cut off or corrupt: too short for the {width} x {height} pixels it promises"),
+        ));
     }
     let picture = DynamicImage::from_decoder(decoder).map_err(describe)?;
     let mut picture = DynamicImage::ImageRgb8(over_white(picture));
@@ -123,7 +133,11 @@ pub fn resize_and_crop(picture: &RgbImage, size: u32, crop: Crop) -> RgbImage {
     }
     // A huge picture is first averaged over whole blocks: the good filter works in f32 and would take 12 bytes a pixel.
     let factor = side / (4 * size);
-    let square = if factor >= 2 { block_mean(picture, x, y, side, factor) } else { imageops::crop_imm(picture, x, y, side, side).to_image() };
+    let square = if factor >= 2 {
+        block_mean(picture, x, y, side, factor)
+    } else {
+        imageops::crop_imm(picture, x, y, side, side).to_image()
+    };
     imageops::resize(&square, size, size, if side > size { FilterType::Lanczos3 } else { FilterType::CatmullRom })
 }
 

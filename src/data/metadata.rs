@@ -43,8 +43,10 @@ pub(super) fn read(root: &Path, metadata: &Path) -> Result<(Vec<Entry>, Vec<Path
         };
         let outside = || unusable(metadata, format!("the path `{relative}` leaves the folder of the data set"));
         // Windows' separators and drives are refused on every system, so a set means the same everywhere.
-        let plain = Path::new(&relative).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        if !plain || relative.contains('\\') || relative.contains(':') || relative.contains('\0') || relative.is_empty() {
+        let plain =
+            Path::new(&relative).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        if !plain || relative.contains('\\') || relative.contains(':') || relative.contains('\0') || relative.is_empty()
+        {
             return Err(outside());
         }
         let path = root.join(&relative);

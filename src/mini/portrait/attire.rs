@@ -125,7 +125,10 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
     let brim = -h * 0.62;
     // A band round the head, seen from slightly above, as a curve from left to right.
     let band = |y: f32, wide: f32, sag: f32| {
-        smooth_open(&[[-wide, y], [-wide * 0.6, y + sag * 0.75], [0.0, y + sag], [wide * 0.6, y + sag * 0.75], [wide, y]].map(|p| f.back(p)))
+        smooth_open(
+            &[[-wide, y], [-wide * 0.6, y + sag * 0.75], [0.0, y + sag], [wide * 0.6, y + sag * 0.75], [wide, y]]
+                .map(|p| f.back(p)),
+        )
     };
     let metal = |base: Rgb, p: Point| {
         let x = f.local(p)[0];
@@ -154,7 +157,15 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
         }
         Scene::Hat => {
             let felt = hue(figure.pose.clothes + 0.12, 0.45, 0.42);
-            let dome = [[-w * 0.92, brim], [-w * 0.88, -h * 1.12], [-w * 0.35, -h * 1.40], [0.0, -h * 1.33], [w * 0.35, -h * 1.40], [w * 0.88, -h * 1.12], [w * 0.92, brim]];
+            let dome = [
+                [-w * 0.92, brim],
+                [-w * 0.88, -h * 1.12],
+                [-w * 0.35, -h * 1.40],
+                [0.0, -h * 1.33],
+                [w * 0.35, -h * 1.40],
+                [w * 0.88, -h * 1.12],
+                [w * 0.92, brim],
+            ];
             let shape = |p: Point| (scaled(felt, figure.shade((f.local(p)[0] / w * 0.8).clamp(-0.9, 0.9), -0.2)), 1.0);
             canvas.shape(&smooth_closed(&f.map(&dome, Frame::back)), line, shape);
             canvas.line(&band(brim - 0.1, w * 0.93, 0.06), [f.length(0.15); 2], scaled(felt, 0.45), 1.0, 0.5);
@@ -175,7 +186,9 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
                 let cup = ellipse([side * w * 1.2, 0.08], 0.17, 0.26);
                 canvas.shape(&f.map(&cup, Frame::back), line, |_| ([0.15, 0.15, 0.17], 1.0));
                 let disc = ellipse([side * w * 1.25, 0.08], 0.10, 0.17);
-                canvas.shape(&f.map(&disc, Frame::back), line * 0.6, |p| (scaled(color, 1.1 - 0.6 * (f.local(p)[1])), 1.0));
+                canvas.shape(&f.map(&disc, Frame::back), line * 0.6, |p| {
+                    (scaled(color, 1.1 - 0.6 * (f.local(p)[1])), 1.0)
+                });
             }
         }
         Scene::Astronaut => {
@@ -220,7 +233,13 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
             canvas.shape(&points, line, |p| (metal(steel, p), 1.0));
             let edge = f.map(&helm[7..], Frame::back);
             canvas.line(&smooth_open(&edge), [f.length(0.07); 2], [0.85, 0.68, 0.28], 1.0, 0.5);
-            canvas.line(&[f.back([0.0, -h * 1.28]), f.back([0.0, brim])], [f.length(0.08); 2], [0.86, 0.88, 0.92], 1.0, 0.6);
+            canvas.line(
+                &[f.back([0.0, -h * 1.28]), f.back([0.0, brim])],
+                [f.length(0.08); 2],
+                [0.86, 0.88, 0.92],
+                1.0,
+                0.6,
+            );
             let plume = [[0.0, -h * 1.26], [-0.12, -h * 1.62], [0.28, -h * 1.72], [0.75, -h * 1.35], [0.42, -h * 1.36]];
             canvas.shape(&smooth_closed(&f.map(&plume, Frame::back)), line, |p| {
                 (scaled([0.80, 0.14, 0.16], 0.85 + 0.4 * noise(p[0] * 30.0, p[1] * 8.0, 3)), 1.0)
@@ -228,7 +247,16 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
         }
         Scene::Chef => {
             let cloth = |p: Point| (scaled([0.98, 0.98, 0.97], 0.80 + 0.24 * noise(f.local(p)[0] * 9.0, 1.0, 7)), 1.0);
-            let puff = [[-w * 0.9, -h * 0.9], [-w * 1.25, -h * 1.2], [-w * 0.85, -h * 1.5], [-w * 0.3, -h * 1.58], [w * 0.35, -h * 1.6], [w * 0.9, -h * 1.48], [w * 1.25, -h * 1.2], [w * 0.9, -h * 0.9]];
+            let puff = [
+                [-w * 0.9, -h * 0.9],
+                [-w * 1.25, -h * 1.2],
+                [-w * 0.85, -h * 1.5],
+                [-w * 0.3, -h * 1.58],
+                [w * 0.35, -h * 1.6],
+                [w * 0.9, -h * 1.48],
+                [w * 1.25, -h * 1.2],
+                [w * 0.9, -h * 0.9],
+            ];
             canvas.shape(&smooth_closed(&f.map(&puff, Frame::back)), line, cloth);
             let mut points = band(brim, w * 0.98, 0.07);
             points.extend([f.back([w * 0.98, -h * 0.98]), f.back([-w * 0.98, -h * 0.98])]);
@@ -236,7 +264,13 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
         }
         Scene::Wizard => {
             let blue = [0.24, 0.18, 0.58];
-            let cone = [[-w * 0.95, brim], [-w * 0.45, -h * 1.35], [w * 0.18, -h * 1.95], [w * 0.42, -h * 1.35], [w * 0.95, brim]];
+            let cone = [
+                [-w * 0.95, brim],
+                [-w * 0.45, -h * 1.35],
+                [w * 0.18, -h * 1.95],
+                [w * 0.42, -h * 1.35],
+                [w * 0.95, brim],
+            ];
             let cloth = |p: Point| (scaled(blue, figure.shade((f.local(p)[0] / w * 0.9).clamp(-0.9, 0.9), -0.1)), 1.0);
             canvas.shape(&f.map(&cone, Frame::back), line, cloth);
             for (x, y, r) in [(-0.22, -1.0, 0.10), (0.2, -1.12, 0.09), (0.02, -1.42, 0.07)] {
@@ -247,14 +281,45 @@ pub(super) fn headwear(figure: &Figure, canvas: &mut Canvas) {
             canvas.shape(&f.map(&disc, Frame::back), line, |p| (scaled(cloth(p).0, 0.88), 1.0));
         }
         Scene::Pirate => {
-            let hat = [[-w * 1.35, brim - 0.02], [-w * 1.05, -h * 1.05], [-w * 0.4, -h * 1.3], [0.0, -h * 1.48], [w * 0.4, -h * 1.3], [w * 1.05, -h * 1.05], [w * 1.35, brim - 0.02], [w * 0.6, brim - 0.02], [0.0, brim + 0.03], [-w * 0.6, brim - 0.02]];
+            let hat = [
+                [-w * 1.35, brim - 0.02],
+                [-w * 1.05, -h * 1.05],
+                [-w * 0.4, -h * 1.3],
+                [0.0, -h * 1.48],
+                [w * 0.4, -h * 1.3],
+                [w * 1.05, -h * 1.05],
+                [w * 1.35, brim - 0.02],
+                [w * 0.6, brim - 0.02],
+                [0.0, brim + 0.03],
+                [-w * 0.6, brim - 0.02],
+            ];
             let points = smooth_closed(&f.map(&hat, Frame::back));
-            canvas.shape(&points, line, |p| (scaled([0.15, 0.13, 0.14], 0.8 + 0.5 * figure.shade(f.local(p)[0] * 0.5, -0.4)), 1.0));
-            canvas.line(&smooth_open(&f.map(&hat[..7], Frame::back)), [f.length(0.06); 2], [0.90, 0.76, 0.34], 1.0, 0.6);
+            canvas.shape(&points, line, |p| {
+                (scaled([0.15, 0.13, 0.14], 0.8 + 0.5 * figure.shade(f.local(p)[0] * 0.5, -0.4)), 1.0)
+            });
+            canvas.line(
+                &smooth_open(&f.map(&hat[..7], Frame::back)),
+                [f.length(0.06); 2],
+                [0.90, 0.76, 0.34],
+                1.0,
+                0.6,
+            );
             let skull = f.back([0.0, -h * 1.06]);
             let r = f.length(0.13);
-            canvas.line(&[[skull[0] - r * 1.6, skull[1] - r * 0.4], [skull[0] + r * 1.6, skull[1] + r * 1.6]], [r * 0.4; 2], [0.93; 3], 1.0, 0.3);
-            canvas.line(&[[skull[0] + r * 1.6, skull[1] - r * 0.4], [skull[0] - r * 1.6, skull[1] + r * 1.6]], [r * 0.4; 2], [0.93; 3], 1.0, 0.3);
+            canvas.line(
+                &[[skull[0] - r * 1.6, skull[1] - r * 0.4], [skull[0] + r * 1.6, skull[1] + r * 1.6]],
+                [r * 0.4; 2],
+                [0.93; 3],
+                1.0,
+                0.3,
+            );
+            canvas.line(
+                &[[skull[0] + r * 1.6, skull[1] - r * 0.4], [skull[0] - r * 1.6, skull[1] + r * 1.6]],
+                [r * 0.4; 2],
+                [0.93; 3],
+                1.0,
+                0.3,
+            );
             canvas.shape(&ellipse(skull, r, r * 1.05), line * 0.5, |_| ([0.96; 3], 1.0));
             for side in [-0.4, 0.4] {
                 canvas.spot([skull[0] + side * r, skull[1]], r * 0.38, r * 0.4, [0.05; 3], 1.0);

@@ -235,7 +235,8 @@ fn space(canvas: &mut Canvas, rng: &mut ChaCha8Rng, scene: Scene) {
         let planet = [-0.70, -0.58];
         canvas.shape(&ellipse(planet, 0.24, 0.24), 0.014, |p| {
             let band = noise(0.5, (p[1] + 0.25 * p[0]) * 14.0, seed);
-            let light = 1.1 - 1.1 * ((p[0] - planet[0] + 0.08).powi(2) + (p[1] - planet[1] + 0.08).powi(2)).sqrt() / 0.24;
+            let light =
+                1.1 - 1.1 * ((p[0] - planet[0] + 0.08).powi(2) + (p[1] - planet[1] + 0.08).powi(2)).sqrt() / 0.24;
             (scaled(mix([0.88, 0.62, 0.40], [0.97, 0.84, 0.62], band), 0.35 + 0.75 * light.max(0.0)), 1.0)
         });
         canvas.line(&[[-1.05, -0.46], [-0.70, -0.57], [-0.36, -0.70]], [0.03, 0.03], [0.93, 0.84, 0.70], 0.9, 0.5);
@@ -291,16 +292,17 @@ fn underwater(canvas: &mut Canvas, rng: &mut ChaCha8Rng) {
         let x: f32 = rng.random_range(-1.0..1.0);
         let height = rng.random_range(0.5..1.1);
         let green = mix([0.05, 0.40, 0.28], [0.30, 0.62, 0.25], rng.random());
-        let points: Vec<Point> = (0..12)
-            .map(|i| [x + 0.06 * (i as f32 * 0.9).sin(), 1.05 - height * i as f32 / 11.0])
-            .collect();
+        let points: Vec<Point> =
+            (0..12).map(|i| [x + 0.06 * (i as f32 * 0.9).sin(), 1.05 - height * i as f32 / 11.0]).collect();
         canvas.line(&points, [0.09, 0.02], green, 1.0, 0.45);
     }
     for _ in 0..4 {
         let side = if rng.random_bool(0.5) { 1.0 } else { -1.0 };
         let [x, y]: Point = [side * rng.random_range(0.6..0.85), rng.random_range(-0.8..0.3)];
         let color = [[1.0, 0.65, 0.15], [0.95, 0.35, 0.30], [0.98, 0.88, 0.30]][rng.random_range(0..3)];
-        canvas.shape(&[[x - side * 0.06, y], [x - side * 0.16, y - 0.06], [x - side * 0.16, y + 0.06]], 0.010, |_| (color, 1.0));
+        canvas.shape(&[[x - side * 0.06, y], [x - side * 0.16, y - 0.06], [x - side * 0.16, y + 0.06]], 0.010, |_| {
+            (color, 1.0)
+        });
         canvas.shape(&ellipse([x, y], 0.10, 0.055), 0.010, |_| (color, 1.0));
         canvas.spot([x + side * 0.05, y - 0.01], 0.018, 0.018, [0.05; 3], 1.0);
     }

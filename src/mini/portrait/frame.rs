@@ -31,11 +31,6 @@ impl Frame {
         }
     }
 
-    /// Units of the picture per unit of the head.
-    pub fn scale(&self) -> f32 {
-        self.scale
-    }
-
     /// A length of the head in units of the picture.
     pub fn length(&self, length: f32) -> f32 {
         length * self.scale

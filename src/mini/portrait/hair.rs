@@ -1,6 +1,8 @@
 //! Hair: behind the head, over the shoulders, and in front.
 
-use super::canvas::{Canvas, Point, Rgb, ellipse, fractal, lerp, noise, scaled, smooth_closed, smooth_open, smoothstep};
+use super::canvas::{
+    Canvas, Point, Rgb, ellipse, fractal, lerp, noise, scaled, smooth_closed, smooth_open, smoothstep,
+};
 use super::figure::Figure;
 use super::frame::Frame;
 use super::{Age, HairStyle, Scene};
@@ -21,7 +23,8 @@ fn strands(figure: &Figure, p: Point, curls: f32) -> Rgb {
     let strand = noise(along, (x * x + y * y).sqrt() * 2.5, seed) - 0.5;
     let curl = fractal(x * 9.0 + y * 5.0, y * 9.0 - x * 5.0, seed + 1) - 0.5;
     let light = figure.shade(nx / length * 0.95, ny / length * 0.95);
-    let gloss = smoothstep(0.16, 0.0, ((x * x * 0.7 + y * y).sqrt() - 0.78 * i.face_height).abs()) * 0.14 * (1.0 - curls);
+    let gloss =
+        smoothstep(0.16, 0.0, ((x * x * 0.7 + y * y).sqrt() - 0.78 * i.face_height).abs()) * 0.14 * (1.0 - curls);
     let tone = light * (1.0 + lerp(0.42 * strand, 0.62 * curl, curls)) + 0.06 * (strand - 0.1) * (1.0 - curls);
     let color = scaled(i.hair(), tone);
     figure.lit(color.map(|c| c + gloss * (0.25 + c) * (0.6 + strand)))
@@ -174,8 +177,15 @@ pub(super) fn front(figure: &Figure, canvas: &mut Canvas) {
         points
     };
     // Hairlines run from the right to the left temple.
-    let straight =
-        [[w * 0.97, 0.0], [w * 0.84, -0.24], [w * 0.62, line + 0.03], [0.0, line - 0.03], [-w * 0.62, line + 0.03], [-w * 0.84, -0.24], [-w * 0.97, 0.0]];
+    let straight = [
+        [w * 0.97, 0.0],
+        [w * 0.84, -0.24],
+        [w * 0.62, line + 0.03],
+        [0.0, line - 0.03],
+        [-w * 0.62, line + 0.03],
+        [-w * 0.84, -0.24],
+        [-w * 0.97, 0.0],
+    ];
     match i.hair_style {
         HairStyle::Bald => {
             if i.age == Age::Old {
@@ -296,7 +306,13 @@ pub(super) fn front(figure: &Figure, canvas: &mut Canvas) {
             let mut hairline = Vec::new();
             for k in 0..=22 {
                 let t = 1.0 - 2.0 * k as f32 / 22.0;
-                let bump = if k % 2 == 0 { 0.0 } else if afro { 0.025 } else { 0.085 };
+                let bump = if k % 2 == 0 {
+                    0.0
+                } else if afro {
+                    0.025
+                } else {
+                    0.085
+                };
                 let arch = (1.0 - t.abs().powf(2.6)).max(0.0);
                 hairline.push([t * w * 0.97, lerp(0.1, line, arch) + bump]);
             }

@@ -113,7 +113,8 @@ pub(super) fn kuwahara(image: &Plane<Rgb>, radius: usize) -> Plane<Rgb> {
     let window = |x0: usize, y0: usize, x1: usize, y1: usize| {
         let area = ((x1 - x0) * (y1 - y0)) as f64;
         [0, 1, 2, 3, 4].map(|k| {
-            (sums[y1 * stride + x1][k] - sums[y0 * stride + x1][k] - sums[y1 * stride + x0][k] + sums[y0 * stride + x0][k])
+            (sums[y1 * stride + x1][k] - sums[y0 * stride + x1][k] - sums[y1 * stride + x0][k]
+                + sums[y0 * stride + x0][k])
                 / area
         })
     };

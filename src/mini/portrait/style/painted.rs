@@ -17,10 +17,13 @@ pub(super) fn oil(layers: &Layers) -> Plane<Rgb> {
         let calm = 0.012;
         let (dx, dy) = ((-gy + calm * 0.8) / (length + calm), (gx + calm * 0.6) / (length + calm));
         let [cx, cy] = layers.place(x, y);
-        (-4..=4).map(|k| {
-            let t = k as f32 * 0.9;
-            noise((cx + dx * t) * 0.75, (cy + dy * t) * 0.75, layers.seed)
-        }).sum::<f32>() / 9.0
+        (-4..=4)
+            .map(|k| {
+                let t = k as f32 * 0.9;
+                noise((cx + dx * t) * 0.75, (cy + dy * t) * 0.75, layers.seed)
+            })
+            .sum::<f32>()
+            / 9.0
     });
     let heights = bristles.blurred(0.4 * px);
     dabs.map(|x, y, c| {
@@ -45,7 +48,9 @@ pub(super) fn pencil(layers: &Layers) -> Plane<Rgb> {
         let tone = tones.at(ix, iy).clamp(0.0, 1.0);
         let tone = 1.0 - (1.0 - tone) * (0.42 + 0.58 * subject);
         let mut dark = 0.0f32;
-        for (layer, (ax, ay, threshold)) in [(0.55f32, 0.83f32, 0.80f32), (-0.5, 0.86, 0.52), (0.9, 0.42, 0.30)].into_iter().enumerate() {
+        for (layer, (ax, ay, threshold)) in
+            [(0.55f32, 0.83f32, 0.80f32), (-0.5, 0.86, 0.52), (0.9, 0.42, 0.30)].into_iter().enumerate()
+        {
             let depth = smoothstep(threshold, threshold - 0.42, tone);
             let line = 0.5 + 0.5 * ((cx * ax + cy * ay + wobble) * 2.05 + layer as f32).sin();
             dark += depth * (0.20 + 0.50 * line) * (0.55 + 0.75 * grain) * 0.75;
@@ -63,7 +68,10 @@ pub(super) fn watercolor(layers: &Layers) -> Plane<Rgb> {
     let flat = kuwahara(&layers.rgb, (1.6 * px).round().max(1.0) as usize);
     let wash = flat.map(|x, y, _| {
         let [cx, cy] = layers.place(x, y);
-        let shift = |salt| 3.2 * (fractal(cx * 0.11, cy * 0.11, seed + salt) - 0.5) * (1.2 - 0.7 * layers.subject.at(x as i32, y as i32));
+        let shift = |salt| {
+            3.2 * (fractal(cx * 0.11, cy * 0.11, seed + salt) - 0.5)
+                * (1.2 - 0.7 * layers.subject.at(x as i32, y as i32))
+        };
         flat.sample(x as f32 + shift(10) * px, y as f32 + shift(20) * px)
     });
     let soft = wash.blurred(2.2 * px);
@@ -78,7 +86,8 @@ pub(super) fn watercolor(layers: &Layers) -> Plane<Rgb> {
         let cloud = fractal(cx * 0.05, cy * 0.05, seed + 3) - 0.5;
         let grain = noise(cx * 0.9, cy * 0.9, seed + 4) - 0.5;
         // Transparent pigment lets the paper through: light colours nearly vanish, dark ones stay.
-        let pigment = saturate(color, 1.35).map(|v| v.clamp(0.02, 1.0).powf(0.74 + 0.55 * cloud + 0.22 * grain + 0.30 * edge));
+        let pigment =
+            saturate(color, 1.35).map(|v| v.clamp(0.02, 1.0).powf(0.74 + 0.55 * cloud + 0.22 * grain + 0.30 * edge));
         let pencil = layers.ink.at(ix, iy) * (0.20 + 0.22 * subject) * (0.7 + 0.6 * grain);
         let pigment = scaled(pigment, 1.0 - pencil.clamp(0.0, 1.0));
         let border = cx.min(cy).min(128.0 - cx).min(128.0 - cy) + 9.0 * (fractal(cx * 0.07, cy * 0.07, seed + 7) - 0.5);

@@ -123,7 +123,9 @@ fn letter(letter: char) -> &'static [&'static [Point]] {
         'T' => &[&[[0.0, 0.0], [1.0, 0.0]], &[[0.5, 0.0], [0.5, 1.0]]],
         'E' => &[&[[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0]], &[[0.0, 0.5], [0.8, 0.5]]],
         'D' => &[&[[0.0, 0.0], [0.0, 1.0], [0.6, 1.0], [1.0, 0.7], [1.0, 0.3], [0.6, 0.0], [0.0, 0.0]]],
-        'R' => &[&[[0.0, 1.0], [0.0, 0.0], [0.7, 0.0], [1.0, 0.25], [0.7, 0.5], [0.0, 0.5]], &[[0.45, 0.5], [1.0, 1.0]]],
+        'R' => {
+            &[&[[0.0, 1.0], [0.0, 0.0], [0.7, 0.0], [1.0, 0.25], [0.7, 0.5], [0.0, 0.5]], &[[0.45, 0.5], [1.0, 1.0]]]
+        }
         _ => &[],
     }
 }
@@ -162,7 +164,8 @@ pub(super) fn wanted(layers: &Layers) -> Plane<Rgb> {
         let tone = lerp(0.62 + 0.3 * tone, tone, 0.35 + 0.65 * subject);
         let tone = tone * (1.0 - 0.62 * layers.ink.at(ix, iy) * (0.4 + 0.6 * subject));
         let print = mix([0.16, 0.09, 0.05], [0.93, 0.83, 0.64], smoothstep(0.02, 0.88, tone + 0.06 * fibre));
-        let mut color = mix(paper, mix(print, scaled(print, 1.0 + 0.5 * (stain - 0.5)), 0.6), smoothstep(-0.4, 0.4, inside));
+        let mut color =
+            mix(paper, mix(print, scaled(print, 1.0 + 0.5 * (stain - 0.5)), 0.6), smoothstep(-0.4, 0.4, inside));
         color = mix(color, [0.20, 0.12, 0.07], smoothstep(1.3, 0.6, (inside - 0.2).abs()) * 0.9);
         color = mix(color, [0.19, 0.10, 0.06], 0.93 * sheet.ink[y * size + x]);
         color = mix(color, [0.34, 0.20, 0.10], burnt * 0.85);
@@ -191,7 +194,11 @@ pub(super) fn pop_art(layers: &Layers) -> Plane<Rgb> {
         let loud = saturate(c, 2.1).map(|v| (v * 1.15 + 0.03).clamp(0.0, 1.0));
         let steps = stepped(loud, 2.6);
         let shadow = smoothstep(0.30, 0.16, l);
-        let figure = mix(mix(steps, [1.0, 0.96, 0.80], smoothstep(0.74, 0.80, l) * 0.45), hue(base + 0.5, 0.9, 0.30), shadow * 0.45);
+        let figure = mix(
+            mix(steps, [1.0, 0.96, 0.80], smoothstep(0.74, 0.80, l) * 0.45),
+            hue(base + 0.5, 0.9, 0.30),
+            shadow * 0.45,
+        );
         let figure = mix(figure, [0.06, 0.03, 0.10], smoothstep(0.35, 0.75, layers.ink.at(ix, iy)));
         mix(back, figure, smoothstep(0.3, 0.7, soft.at(ix, iy)))
     })
