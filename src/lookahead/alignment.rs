@@ -8,11 +8,13 @@ use crate::random::Address;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraScale {
-    /// Probability of the full scale 1.0; otherwise the scale is uniform in [`min_scale`](Self::min_scale), 1.0.
+    /// Probability that a draw is 1 rather than uniform in `[min_scale, 1]`. 0.5 in the paper ("for half of our training
+    /// iterations") and the official recipe; 0 to 1, where 1 never re-scales.
     pub full_probability: f64,
-    /// Smallest scale, 0 to 1.
+    /// Smallest scale, 0 to 1. 0.1 in the paper.
     pub min_scale: f64,
-    /// How many iterations a drawn scale is kept (the official code draws every 5); 0 never draws: always 1.0.
+    /// Iterations for which a draw is kept: 1 in the paper, 5 in the official recipe
+    /// (`lcm_sample_scale_every_k_steps`). 0 never draws: always 1.
     pub hold_iterations: u64,
 }
 

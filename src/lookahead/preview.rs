@@ -12,6 +12,7 @@ use crate::schedule::{LcmBoundary, NoiseSchedule};
 pub enum PreviewForm {
     /// Equation 3 of the paper: the plain prediction of the clean latents.
     #[default]
+    #[serde(rename = "eq3")]
     Equation3,
     /// With the boundary condition of consistency models, as the official code: `c_out x0 + c_skip z_t`. Differs from
     /// equation 3 at timesteps 0 and 1 only.

@@ -1,1 +1,8 @@
-//! (in the making)
+//! Inference: one photograph and a prompt in, a picture of that person out.
+
+mod guidance;
+mod personalizer;
+
+pub use guidance::Guidance;
+pub(crate) use personalizer::encoder_config;
+pub use personalizer::{Options, Personalizer, Reference};

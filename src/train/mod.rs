@@ -19,7 +19,10 @@ mod metrics;
 mod optimizer;
 mod pixel_font;
 mod progress;
+mod step;
 pub mod tensorboard;
+mod trainer;
+mod validation;
 
 pub use checkpoint::Checkpoint;
 pub use config::TrainConfig;
@@ -31,3 +34,5 @@ pub use metrics::MetricsWriter;
 pub use optimizer::{AdamW, AdamWConfig, ParameterGroup};
 pub use pixel_font::{GLYPH_HEIGHT, GLYPH_WIDTH, draw_text, text_width};
 pub use progress::Progress;
+pub use step::{LossReport, Prepared, StepLosses};
+pub use trainer::{AdapterInit, StepReport, Trainer};

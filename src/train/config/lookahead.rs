@@ -4,17 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::Checker;
 use crate::Result;
-
-/// How the LCM's noise prediction becomes a preview of the clean latents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PreviewForm {
-    /// Equation 3 of the paper.
-    Eq3,
-    /// Equation 3 within the consistency model's boundary terms c_skip and c_out (official code). It differs at
-    /// timesteps 0 and 1 only.
-    Boundary,
-}
+use crate::lookahead::{LoraScale, PreviewForm};
 
 /// The lookahead loss (paper section 4.1).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,20 +25,7 @@ pub struct LookaheadConfig {
     /// How the preview is computed. Default `"eq3"` (paper equation 3); official code `"boundary"`.
     pub preview_form: PreviewForm,
     /// Random scale of the LCM-LoRA.
-    pub lora_scale: LoraScaleConfig,
-}
-
-/// Random re-scaling of the LCM-LoRA, which keeps the preview aligned with the model (paper section 4.2).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoraScaleConfig {
-    /// Probability that a draw is 1 rather than uniform in `[min_scale, 1]`. Default 0.5 (paper section 4.2: "for half of
-    /// our training iterations"; official recipe); 0 to 1, where 1 never re-scales.
-    pub full_probability: f64,
-    /// Smallest scale. Default 0.1 (paper section 4.2); 0 to 1.
-    pub min_scale: f64,
-    /// Iterations for which a draw is kept. Default 1; official recipe 5 (`lcm_sample_scale_every_k_steps`); at least 1.
-    pub hold_iterations: u64,
+    pub lora_scale: LoraScale,
 }
 
 impl LookaheadConfig {

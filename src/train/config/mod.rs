@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 pub use adapter::AdapterConfig;
 pub use data::DataConfig;
 pub use dropout::DropoutConfig;
-pub use lookahead::{LookaheadConfig, LoraScaleConfig, PreviewForm};
+pub use lookahead::LookaheadConfig;
 pub use optimizer::{EmaConfig, OptimizerConfig};
 pub use output::{CheckpointingConfig, LoggingConfig, ValidationConfig};
 pub use timesteps::TimestepsConfig;

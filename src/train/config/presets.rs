@@ -1,6 +1,7 @@
 //! The presets.
 
 use super::*;
+use crate::lookahead::{LoraScale, PreviewForm};
 use crate::train::LrSchedule;
 
 impl TrainConfig {
@@ -62,8 +63,8 @@ impl TrainConfig {
                 identity_weight: 1e-3,
                 perceptual_weight: 0.0,
                 scale_loss_by_lora_scale: false,
-                preview_form: PreviewForm::Eq3,
-                lora_scale: LoraScaleConfig { full_probability: 0.5, min_scale: 0.1, hold_iterations: 1 },
+                preview_form: PreviewForm::Equation3,
+                lora_scale: LoraScale { full_probability: 0.5, min_scale: 0.1, hold_iterations: 1 },
             },
             checkpointing: CheckpointingConfig { every_n_steps: 500, keep_last: 2 },
             validation: ValidationConfig {

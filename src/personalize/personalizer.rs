@@ -1,0 +1,346 @@
+//! The sampler with the encoder's conditions wired up.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::Tensor;
+use image::RgbImage;
+
+use super::guidance::{Guidance, Predictions, plain};
+use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
+use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
+use crate::models::resampler;
+use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
+use crate::nn::{Loras, Weights};
+use crate::random::Address;
+use crate::schedule::SamplerKind;
+use crate::train::{Checkpoint, TrainConfig};
+use crate::{Error, Result};
+
+/// How pictures are sampled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Seed of the initial noise. Pictures of one call differ by their place in it.
+    pub seed: u64,
+    /// Number of denoising steps.
+    pub steps: usize,
+    /// The sampler. With [`SamplerKind::Lcm`] the LCM-LoRA is on and 4 steps suffice.
+    pub sampler: SamplerKind,
+    /// The guidance.
+    pub guidance: Guidance,
+    /// Weight of the image tokens (`adapter_attention_scale`).
+    pub adapter_scale: f64,
+    /// The prompt that describes the reference photograph to the KV encoder; "a photo of a face" in the paper.
+    pub encoder_prompt: String,
+    /// Whether the KV path is used, where the encoder has one.
+    pub use_reference: bool,
+    /// Whether the conditioning latents are noised to the timestep before they enter the KV encoder (as in training).
+    pub noisy_encoder_input: bool,
+}
+
+impl Default for Options {
+    /// 50 steps of DPM-Solver++(2M) with the official three-term guidance.
+    fn default() -> Self {
+        Options {
+            seed: 0,
+            steps: 50,
+            sampler: SamplerKind::DpmSolverPlusPlus,
+            guidance: Guidance::official(),
+            adapter_scale: 1.0,
+            encoder_prompt: "a photo of a face".into(),
+            use_reference: true,
+            noisy_encoder_input: true,
+        }
+    }
+}
+
+impl Options {
+    /// 4 steps of LCM sampling, without guidance.
+    pub fn lcm() -> Self {
+        Options { steps: 4, sampler: SamplerKind::Lcm, guidance: Guidance::None, ..Self::default() }
+    }
+}
+
+/// A photograph of a person, encoded once for any number of pictures.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    /// Clean latents, `(1, channels, height, width)`.
+    latents: Tensor,
+    tokens: AdapterTokens,
+}
+
+/// Draws a person in any scene or style, from one photograph.
+#[derive(Clone)]
+pub struct Personalizer {
+    base: Base,
+    encoder: FaceEncoder,
+    noisy_encoder_input: bool,
+}
+
+impl Personalizer {
+    /// A personalizer of an encoder whose weights are frozen. (With trainable ones sampling would record a graph.)
+    pub fn new(base: Base, encoder: FaceEncoder) -> Self {
+        Personalizer { base, encoder, noisy_encoder_input: true }
+    }
+
+    /// A personalizer from a checkpoint folder of the [`Trainer`](crate::train::Trainer): `.../checkpoint-<step>`, or
+    /// the run's folder, whose latest checkpoint is taken. Averaged parameters are used where the run kept them.
+    ///
+    /// `resampler`: the shape of the adapter's resampler, which belongs to the base
+    /// ([`crate::mini::resampler_config`] for the miniature).
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the folder holds no whole checkpoint, [`Error::Tensor`] where it belongs
+    /// to another base.
+    pub fn from_checkpoint(base: Base, resampler: &resampler::Config, folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let folder = match crate::train::checkpoint::latest(folder) {
+            Ok(Some(latest)) => latest,
+            _ => folder.to_path_buf(),
+        };
+        let checkpoint = Checkpoint::load(&folder)?;
+        // A moving average's own bookkeeping rides along in the same map; the encoder asks for its tensors only.
+        let tensors = checkpoint.ema.as_ref().unwrap_or(&checkpoint.parameters);
+        let source = folder.display().to_string();
+        let mut personalizer = Self::from_tensors(base, resampler, &checkpoint.config, &source, tensors)?;
+        personalizer.noisy_encoder_input = checkpoint.config.adapter.noisy_encoder_input;
+        Ok(personalizer)
+    }
+
+    /// A personalizer from the parameters of a run, by name (`image_proj.*`, `ip_adapter.*`, `kv_encoder.*`).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] naming `source` where a tensor is missing or misshapen.
+    pub fn from_tensors(
+        base: Base,
+        resampler: &resampler::Config,
+        config: &TrainConfig,
+        source: &str,
+        tensors: &HashMap<String, Tensor>,
+    ) -> Result<Self> {
+        let converted = tensors.iter().filter(|(_, tensor)| tensor.dtype().is_float()).map(|(name, tensor)| {
+            Ok((name.clone(), tensor.to_dtype(base.dtype)?.to_device(&base.device)?.detach()))
+        });
+        let weights = Weights::frozen(source, converted.collect::<Result<_>>()?);
+        let encoder_config = encoder_config(resampler, config);
+        let encoder = FaceEncoder::load(&encoder_config, &base.unet, &weights, &weights)?;
+        Ok(Self::new(base, encoder))
+    }
+
+    /// The adapter branch alone, from a pretrained IP-Adapter (`image_proj.*`, `ip_adapter.*`).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where a tensor is missing or misshapen.
+    pub fn from_adapter(base: Base, resampler: &resampler::Config, tensors: HashMap<String, Tensor>) -> Result<Self> {
+        let weights = Weights::frozen("IP-Adapter", tensors);
+        let config = FaceEncoderConfig { resampler: resampler.clone(), kv_encoder: None };
+        let encoder = FaceEncoder::load(&config, &base.unet, &weights, &weights)?;
+        Ok(Self::new(base, encoder))
+    }
+
+    /// The frozen networks.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// The options this encoder was trained for: with its KV path, where it has one, and plain guidance where not.
+    pub fn default_options(&self) -> Options {
+        let options = Options { noisy_encoder_input: self.noisy_encoder_input, ..Options::default() };
+        match self.encoder.kv_encoder() {
+            Some(_) => options,
+            None => Options { guidance: Guidance::Plain { scale: 5.0 }, ..options },
+        }
+    }
+
+    /// Encodes a photograph: its short side is resized to the base's resolution, and the middle is kept.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn reference(&self, photograph: &RgbImage) -> Result<Reference> {
+        let size = u32::try_from(self.base.resolution).unwrap_or(u32::MAX);
+        let picture = resize_and_crop(photograph, size, Crop::Center);
+        self.reference_from_tensor(&to_tensor(&picture, &self.base.device)?.unsqueeze(0)?)
+    }
+
+    /// Encodes a photograph given as a tensor `(1, 3, resolution, resolution)`, RGB in [-1, 1].
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn reference_from_tensor(&self, image: &Tensor) -> Result<Reference> {
+        // Encoded once, at a fixed address: the official pipeline samples the posterior again at every step.
+        let latents = self.base.latents(image, Address::new(0, "reference posterior"))?;
+        let features = self.base.image_features(image)?;
+        let tokens = self.encoder.tokens(&features, &self.base.image_encoder.null_features()?)?;
+        Ok(Reference { latents, tokens })
+    }
+
+    /// Draws the person of the reference, one picture a prompt.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a number of steps the sampler cannot take; those of the networks.
+    pub fn generate(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Vec<RgbImage>> {
+        let images = self.generate_tensor(reference, prompts, options)?;
+        (0..prompts.len()).map(|i| from_tensor(&images.get(i)?)).collect()
+    }
+
+    /// The same as a tensor `(prompts, 3, height, width)`, nominally in [-1, 1].
+    ///
+    /// # Errors
+    /// As [`Personalizer::generate`].
+    pub fn generate_tensor(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Tensor> {
+        if prompts.is_empty() {
+            return Err(Error::argument("Personalizer::generate", "prompts", "at least one", "none"));
+        }
+        let base = &self.base;
+        let batch = prompts.len();
+        let (_, channels, height, width) = reference.latents.dims4()?;
+        let noise_address = Address::new(options.seed, "initial noise");
+        let noise = noise_address.normal_batch(batch, (channels, height, width), base.dtype, &base.device)?;
+        let conditions = self.conditions(reference, prompts, options, noise.clone())?;
+        let mut sampler = options.sampler.build(&base.schedule, options.steps)?;
+        let mut latents = (noise * sampler.init_noise_sigma())?;
+        for (i, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
+            let input = sampler.scale_model_input(&latents, i)?;
+            let prediction = self.predict(&conditions, &input, timestep, options)?;
+            latents = sampler.step(&prediction, i, &latents, noise_address)?;
+        }
+        Ok(base.decoder.decode(&latents)?)
+    }
+
+    /// The one-step preview (equation 3) of a picture noised to a timestep, as the lookahead loss sees it with the
+    /// LCM-LoRA at full scale.
+    ///
+    /// `image`: `(1, 3, height, width)` in [-1, 1]. Returns an image of the same shape.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn preview(
+        &self,
+        reference: &Reference,
+        prompt: &str,
+        image: &Tensor,
+        timestep: usize,
+        options: &Options,
+    ) -> Result<Tensor> {
+        let base = &self.base;
+        let address = Address::new(options.seed, "preview noise");
+        let clean = base.latents(&image.clamp(-1.0, 1.0)?, address)?;
+        let noise = address.normal(clean.shape(), base.dtype, &base.device)?;
+        let latents = base.schedule.add_noise(&clean, &noise, &[timestep])?;
+        let conditions = self.conditions(reference, &[prompt.to_string()], options, noise)?;
+        let lcm = Options { sampler: SamplerKind::Lcm, guidance: Guidance::None, ..options.clone() };
+        let prediction = self.predict(&conditions, &latents, timestep, &lcm)?;
+        let form = PreviewForm::Equation3;
+        base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &[timestep], form)?)
+    }
+
+    fn conditions(
+        &self,
+        reference: &Reference,
+        prompts: &[String],
+        options: &Options,
+        noise: Tensor,
+    ) -> Result<Conditions> {
+        let batch = prompts.len();
+        let repeat = |tensor: &Tensor| -> Result<Tensor> {
+            let (_, tokens, width) = tensor.dims3()?;
+            Ok(tensor.broadcast_as((batch, tokens, width))?.contiguous()?)
+        };
+        let text = self.base.conditioning(prompts)?;
+        let encoder_text = self.base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
+        let scale = options.adapter_scale;
+        Ok(Conditions {
+            image: self.encoder.image_tokens(&repeat(&reference.tokens.conditional)?, scale)?,
+            no_image: self.encoder.image_tokens(&repeat(&reference.tokens.unconditional)?, scale)?,
+            no_text: text.without_text()?,
+            no_encoder_text: encoder_text.without_text()?,
+            text,
+            encoder_text,
+            reference_latents: Tensor::cat(&vec![&reference.latents; batch], 0)?,
+            noise,
+        })
+    }
+
+    /// The reference's keys and values at a timestep; `None` where the KV path is off.
+    fn key_values(
+        &self,
+        conditions: &Conditions,
+        text: &Conditioning,
+        timestep: usize,
+        options: &Options,
+    ) -> Result<Option<KeyValues>> {
+        let Some(kv_encoder) = self.encoder.kv_encoder().filter(|_| options.use_reference) else { return Ok(None) };
+        let base = &self.base;
+        let timesteps = vec![timestep; text.batch()];
+        let latents = match options.noisy_encoder_input {
+            // The same noise at every step, the one the picture starts from (official pipeline).
+            true => base.schedule.add_noise(&conditions.reference_latents, &conditions.noise, &timesteps)?,
+            false => conditions.reference_latents.clone(),
+        };
+        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?))
+    }
+
+    fn predict(&self, conditions: &Conditions, latents: &Tensor, timestep: usize, options: &Options) -> Result<Tensor> {
+        let base = &self.base;
+        let timesteps = vec![timestep; conditions.text.batch()];
+        let loras = match options.sampler {
+            SamplerKind::Lcm => Loras::one(&base.lcm_lora, 1.0),
+            _ => Loras::none(),
+        };
+        let run = |text: &Conditioning, image: &ImageTokens, reference: Option<KeyValues>| -> Result<Tensor> {
+            let pass =
+                Pass { loras: loras.clone(), reference, image_tokens: Some(image.clone()), ..Pass::default() };
+            base.unet.forward(latents, &timesteps, text, &pass)
+        };
+        let (text, no_text) = (&conditions.text, &conditions.no_text);
+        let reference = self.key_values(conditions, &conditions.encoder_text, timestep, options)?;
+        match (options.guidance, reference) {
+            (Guidance::None, reference) => run(text, &conditions.image, reference),
+            (Guidance::Plain { scale }, reference) => {
+                let unconditional = run(no_text, &conditions.no_image, None)?;
+                plain(&unconditional, &run(text, &conditions.image, reference)?, scale)
+            }
+            // Without a reference the three terms are one: what has the reference equals what lacks it.
+            (Guidance::ThreeTerm { no_kv, full, .. }, None) => {
+                let unconditional = run(no_text, &conditions.no_image, None)?;
+                plain(&unconditional, &run(text, &conditions.image, None)?, no_kv + full)
+            }
+            (Guidance::ThreeTerm { no_kv, full, kv }, Some(reference)) => {
+                let no_text_reference =
+                    self.key_values(conditions, &conditions.no_encoder_text, timestep, options)?;
+                let predictions = Predictions {
+                    unconditional: run(no_text, &conditions.no_image, None)?,
+                    conditional: run(text, &conditions.image, None)?,
+                    unconditional_kv: run(no_text, &conditions.no_image, no_text_reference)?,
+                    conditional_kv: run(text, &conditions.image, Some(reference))?,
+                };
+                predictions.three_term(no_kv, full, kv)
+            }
+        }
+    }
+}
+
+/// What does not change over the steps of one call.
+struct Conditions {
+    text: Conditioning,
+    no_text: Conditioning,
+    encoder_text: Conditioning,
+    no_encoder_text: Conditioning,
+    image: ImageTokens,
+    no_image: ImageTokens,
+    reference_latents: Tensor,
+    noise: Tensor,
+}
+
+/// The shape of the encoder that a training configuration asks for.
+pub(crate) fn encoder_config(resampler: &resampler::Config, config: &TrainConfig) -> FaceEncoderConfig {
+    let adapter = &config.adapter;
+    FaceEncoderConfig {
+        resampler: resampler.clone(),
+        kv_encoder: Some(KvEncoderConfig {
+            encoder_lora_rank: adapter.encoder_lora_rank,
+            kv_lora_rank: adapter.kv_lora_rank,
+            blocks: adapter.extended_layers.clone(),
+        }),
+    }
+}

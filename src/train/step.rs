@@ -1,0 +1,326 @@
+//! The losses of one training step: the method of the paper, put together.
+
+use candle_core::Tensor;
+
+use super::TrainConfig;
+use crate::Result;
+use crate::data::Batch;
+use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_text};
+use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, preview};
+use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
+use crate::nn::Loras;
+use crate::random::Address;
+use crate::schedule::AnnealedTimestepSampler;
+
+/// A batch after everything that needs no gradient.
+pub struct Prepared {
+    /// Latents of the targets, `(batch, channels, height, width)`.
+    target_latents: Tensor,
+    /// Latents of the conditioning images, of the same shape.
+    conditioning_latents: Tensor,
+    /// Conditioning images, `(batch, 3, height, width)`, which the image losses compare with.
+    conditioning_images: Tensor,
+    /// The noise both are noised with.
+    noise: Tensor,
+    features: Tensor,
+    null_features: Tensor,
+    text: Conditioning,
+    encoder_text: Conditioning,
+}
+
+/// What a step's losses came to.
+#[derive(Clone, Debug, Default)]
+pub struct LossReport {
+    /// The diffusion loss (equation 2).
+    pub diffusion: Option<f64>,
+    /// Each image loss (equation 4): name, value before its weight, samples that counted.
+    pub lookahead: Vec<(String, f64, usize)>,
+    /// Scale of the LCM-LoRA in the lookahead pass.
+    pub lora_scale: Option<f64>,
+}
+
+/// The losses of a training step, as differentiable scalars.
+pub struct StepLosses<'a> {
+    /// The frozen networks.
+    pub base: &'a Base,
+    /// The encoder in training.
+    pub encoder: &'a FaceEncoder,
+    /// The hyperparameters.
+    pub config: &'a TrainConfig,
+    /// The image losses on the preview, with their weights.
+    pub image_losses: &'a [(Box<dyn ImageLoss>, f64)],
+    /// Timesteps of the diffusion loss.
+    pub diffusion_timesteps: &'a AnnealedTimestepSampler,
+    /// Timesteps of the lookahead loss, where it draws its own.
+    pub lookahead_timesteps: &'a AnnealedTimestepSampler,
+}
+
+impl StepLosses<'_> {
+    fn address(&self, purpose: &'static str, draw: u64) -> Address {
+        Address::new(self.config.seed, purpose).step(draw)
+    }
+
+    /// Encodes a batch by the frozen networks. `draw` numbers the batches of the run.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn prepare(&self, batch: &Batch, draw: u64) -> Result<Prepared> {
+        let base = self.base;
+        let target_latents = base.latents(&batch.pixel_values, self.address("target posterior", draw))?;
+        let conditioning_latents =
+            base.latents(&batch.encoder_pixel_values, self.address("conditioning posterior", draw))?;
+        let (size, channels, height, width) = target_latents.dims4()?;
+        let noise = self.address("noise", draw).normal_batch(
+            size,
+            (channels, height, width),
+            base.dtype,
+            &base.device,
+        )?;
+        let crop = &self.config.data;
+        let place = |mut conditioning: Conditioning| {
+            for ids in &mut conditioning.time_ids {
+                (ids[2], ids[3]) = (crop.crops_coords_top_left_h as f64, crop.crops_coords_top_left_w as f64);
+            }
+            conditioning
+        };
+        let text = place(base.conditioning(&batch.prompts)?);
+        Ok(Prepared {
+            target_latents,
+            conditioning_latents,
+            conditioning_images: batch.encoder_pixel_values.to_dtype(base.dtype)?.to_device(&base.device)?,
+            noise,
+            features: base.image_features(&batch.encoder_pixel_values)?,
+            null_features: base.image_encoder.null_features()?.detach(),
+            text: drop_text(&text, self.config.dropout.text_drop_chance, self.address("text drop", draw))?,
+            encoder_text: place(base.conditioning(&batch.encoder_prompts)?),
+        })
+    }
+
+    /// The diffusion loss alone (official code, update A), weighted 1.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn diffusion(&self, prepared: &Prepared, draw: u64, report: &mut LossReport) -> Result<Tensor> {
+        let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
+        let conditions = self.conditions(prepared, &timesteps, draw, "kv drop", true)?;
+        self.diffusion_loss(prepared, &timesteps, &conditions, report)
+    }
+
+    /// The lookahead loss alone, on timesteps of its own and without adapter dropout (official code, update B), weighted.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn lookahead(
+        &self,
+        prepared: &Prepared,
+        step: u64,
+        draw: u64,
+        report: &mut LossReport,
+    ) -> Result<Option<Tensor>> {
+        let count = self.config.lookahead.batch_size.min(prepared.text.batch());
+        let prepared = prepared.narrow(count)?;
+        let timesteps = self.draw_timesteps(self.lookahead_timesteps, "lookahead timestep", &prepared, draw);
+        let conditions = self.conditions(&prepared, &timesteps, draw, "lookahead kv drop", false)?;
+        self.lookahead_loss(&prepared, &timesteps, &conditions, step, report)
+    }
+
+    /// Both losses on the same noised latents with one run of the KV encoder (the paper's text): their weighted sum.
+    ///
+    /// Where `lookahead` is not set it is the diffusion loss alone.
+    ///
+    /// # Errors
+    /// Those of the networks.
+    pub fn joint(
+        &self,
+        prepared: &Prepared,
+        step: u64,
+        draw: u64,
+        lookahead: bool,
+        report: &mut LossReport,
+    ) -> Result<Tensor> {
+        let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
+        let conditions = self.conditions(prepared, &timesteps, draw, "kv drop", true)?;
+        let diffusion = self.diffusion_loss(prepared, &timesteps, &conditions, report)?;
+        if !lookahead {
+            return Ok(diffusion);
+        }
+        let limit = self.config.timesteps.lcm_max_timestep;
+        let chosen: Vec<usize> = (0..timesteps.len()).filter(|i| timesteps[*i] < limit).collect();
+        let chosen = &chosen[..chosen.len().min(self.config.lookahead.batch_size)];
+        if chosen.is_empty() {
+            return Ok(diffusion);
+        }
+        let chosen_timesteps: Vec<usize> = chosen.iter().map(|i| timesteps[*i]).collect();
+        let (prepared, conditions) = (prepared.select(chosen)?, conditions.select(chosen)?);
+        match self.lookahead_loss(&prepared, &chosen_timesteps, &conditions, step, report)? {
+            Some(lookahead) => Ok((diffusion + lookahead)?),
+            None => Ok(diffusion),
+        }
+    }
+
+    fn draw_timesteps(
+        &self,
+        sampler: &AnnealedTimestepSampler,
+        purpose: &'static str,
+        prepared: &Prepared,
+        draw: u64,
+    ) -> Vec<usize> {
+        sampler.sample_batch(self.address(purpose, draw), prepared.text.batch())
+    }
+
+    /// Runs both branches of the encoder.
+    fn conditions(
+        &self,
+        prepared: &Prepared,
+        timesteps: &[usize],
+        draw: u64,
+        kv_purpose: &'static str,
+        drop_adapter: bool,
+    ) -> Result<Conditions> {
+        let (base, config) = (self.base, self.config);
+        let AdapterTokens { conditional, unconditional } =
+            self.encoder.tokens(&prepared.features, &prepared.null_features)?;
+        let tokens = match drop_adapter {
+            true => {
+                let chance = config.dropout.adapter_drop_chance;
+                drop_image_tokens(&conditional, &unconditional, chance, self.address("adapter drop", draw))?
+            }
+            false => conditional,
+        };
+        let image_tokens = self.encoder.image_tokens(&tokens, config.adapter.adapter_attention_scale)?;
+        let reference = match self.encoder.kv_encoder() {
+            None => None,
+            Some(kv_encoder) => {
+                let latents = match config.adapter.noisy_encoder_input {
+                    // The same noise and timestep as the target's (official code).
+                    true => base.schedule.add_noise(&prepared.conditioning_latents, &prepared.noise, timesteps)?,
+                    false => prepared.conditioning_latents.clone(),
+                };
+                let reference =
+                    kv_encoder.encode(&base.unet, &latents, timesteps, &prepared.encoder_text, config.recompute)?;
+                let chance = config.dropout.kv_drop_chance;
+                Some(drop_reference_tokens(&reference, chance, self.address(kv_purpose, draw))?)
+            }
+        };
+        let noised = base.schedule.add_noise(&prepared.target_latents, &prepared.noise, timesteps)?;
+        Ok(Conditions { noised, image_tokens, reference })
+    }
+
+    fn pass(&self, conditions: &Conditions, loras: Loras) -> Pass {
+        Pass {
+            loras,
+            reference: conditions.reference.clone(),
+            image_tokens: Some(conditions.image_tokens.clone()),
+            recompute: self.config.recompute,
+        }
+    }
+
+    /// Equation 2.
+    fn diffusion_loss(
+        &self,
+        prepared: &Prepared,
+        timesteps: &[usize],
+        conditions: &Conditions,
+        report: &mut LossReport,
+    ) -> Result<Tensor> {
+        let pass = self.pass(conditions, Loras::none());
+        let noise_prediction = self.base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
+        let loss = (noise_prediction - &prepared.noise)?.sqr()?.mean_all()?;
+        report.diffusion = Some(scalar(&loss)?);
+        Ok(loss)
+    }
+
+    /// Equations 3 and 4; `None` where no image loss counted a sample.
+    fn lookahead_loss(
+        &self,
+        prepared: &Prepared,
+        timesteps: &[usize],
+        conditions: &Conditions,
+        step: u64,
+        report: &mut LossReport,
+    ) -> Result<Option<Tensor>> {
+        let (base, config) = (self.base, &self.config.lookahead);
+        let lora_scale = config.lora_scale.at(self.config.seed, step);
+        report.lora_scale = Some(lora_scale);
+        let pass = self.pass(conditions, Loras::one(&base.lcm_lora, lora_scale));
+        let noise_prediction = base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
+        let latents =
+            preview(&base.schedule, &conditions.noised, &noise_prediction, timesteps, config.preview_form)?;
+        let previews = base.preview_decoder.decode(&latents)?;
+        let factor = if config.scale_loss_by_lora_scale { lora_scale } else { 1.0 };
+        let mut total: Option<Tensor> = None;
+        for (loss, weight) in self.image_losses {
+            let value = loss.loss(&previews, &prepared.conditioning_images)?;
+            report.lookahead.push((loss.name().to_string(), scalar(&value.loss)?, value.counted));
+            if value.counted > 0 && *weight > 0.0 {
+                let weighted = (value.loss * (weight * factor))?;
+                total = Some(match total {
+                    None => weighted,
+                    Some(total) => (total + weighted)?,
+                });
+            }
+        }
+        Ok(total)
+    }
+}
+
+/// What the encoder makes of a batch at its timesteps, and the noised targets.
+struct Conditions {
+    noised: Tensor,
+    image_tokens: ImageTokens,
+    reference: Option<KeyValues>,
+}
+
+impl Conditions {
+    fn select(&self, samples: &[usize]) -> Result<Conditions> {
+        let key_values = |key_values: &KeyValues| key_values.map(|_, tensor| select(tensor, samples));
+        Ok(Conditions {
+            noised: select(&self.noised, samples)?,
+            image_tokens: ImageTokens {
+                key_values: key_values(&self.image_tokens.key_values)?,
+                scale: self.image_tokens.scale,
+            },
+            reference: self.reference.as_ref().map(key_values).transpose()?,
+        })
+    }
+}
+
+impl Prepared {
+    fn narrow(&self, count: usize) -> Result<Prepared> {
+        self.select(&(0..count).collect::<Vec<_>>())
+    }
+
+    fn select(&self, samples: &[usize]) -> Result<Prepared> {
+        let text = |conditioning: &Conditioning| -> Result<Conditioning> {
+            Ok(Conditioning {
+                hidden_states: select(&conditioning.hidden_states, samples)?,
+                pooled: select(&conditioning.pooled, samples)?,
+                time_ids: samples.iter().map(|i| conditioning.time_ids[*i]).collect(),
+            })
+        };
+        Ok(Prepared {
+            target_latents: select(&self.target_latents, samples)?,
+            conditioning_latents: select(&self.conditioning_latents, samples)?,
+            conditioning_images: select(&self.conditioning_images, samples)?,
+            noise: select(&self.noise, samples)?,
+            features: select(&self.features, samples)?,
+            null_features: self.null_features.clone(),
+            text: text(&self.text)?,
+            encoder_text: text(&self.encoder_text)?,
+        })
+    }
+}
+
+/// The samples of a batch at these places; the tensor itself where they are all of them.
+fn select(tensor: &Tensor, samples: &[usize]) -> Result<Tensor> {
+    if samples.iter().copied().eq(0..tensor.dim(0)?) {
+        return Ok(tensor.clone());
+    }
+    let samples: Vec<u32> = samples.iter().map(|i| *i as u32).collect();
+    let samples = Tensor::new(samples, tensor.device())?;
+    Ok(tensor.index_select(&samples, 0)?)
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(tensor.detach().to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?)
+}

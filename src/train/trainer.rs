@@ -1,0 +1,473 @@
+//! The trainer.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+
+use super::config::UpdateMode;
+use super::step::{LossReport, StepLosses};
+use super::validation::Validation;
+use super::{AdamW, AdamWConfig, Checkpoint, Ema, Gradients, MetricsWriter, ParameterGroup, Progress, TrainConfig};
+use super::{checkpoint, config};
+use crate::autograd::with_large_stack;
+use crate::data::FaceDataset;
+use crate::lookahead::{Base, FaceEncoder, ImageLoss};
+use crate::models::resampler;
+use crate::nn::{Parameters, Weights};
+use crate::personalize::{Personalizer, encoder_config};
+use crate::schedule::AnnealedTimestepSampler;
+use crate::{Error, Result};
+
+/// A pretrained IP-Adapter, the starting point of training (paper, section 4.5).
+#[derive(Clone, Debug)]
+pub struct AdapterInit {
+    /// The shape of its resampler.
+    pub resampler: resampler::Config,
+    /// Its tensors, `image_proj.*` and `ip_adapter.*`. What is missing starts at random.
+    pub tensors: HashMap<String, Tensor>,
+}
+
+/// What one training step did.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// The iteration, counted from 0.
+    pub step: u64,
+    /// The losses, averaged over the gradient-accumulation batches.
+    pub losses: LossReport,
+    /// Norm of the gradient over all trainable parameters, before clipping; one value an update.
+    pub gradient_norms: Vec<f64>,
+    /// Factor of the learning-rate schedule.
+    pub lr_factor: f64,
+}
+
+/// Trains a [`FaceEncoder`] on pairs of pictures: the diffusion loss on the target, and the lookahead loss on the
+/// preview of it.
+///
+/// Owns the frozen base, the encoder's parameters, the data set, the optimizer and the configuration. A step is a pure
+/// function of these and its number, so that a resumed run equals one that was not interrupted, bit for bit.
+pub struct Trainer {
+    base: Base,
+    resampler: resampler::Config,
+    parameters: Parameters,
+    trained: Parameters,
+    encoder: FaceEncoder,
+    image_losses: Vec<(Box<dyn ImageLoss>, f64)>,
+    dataset: FaceDataset,
+    config: TrainConfig,
+    output: PathBuf,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    diffusion_timesteps: AnnealedTimestepSampler,
+    lookahead_timesteps: AnnealedTimestepSampler,
+    step: u64,
+}
+
+impl Trainer {
+    /// A trainer at step 0, which will write to the folder `output`.
+    ///
+    /// The identity loss of the base is the image loss, with the weight of the configuration; see
+    /// [`Trainer::add_image_loss`] for more.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where a field is out of range or does not fit the base, [`Error::Tensor`] where the adapter's
+    /// tensors do not fit.
+    pub fn new(
+        base: Base,
+        adapter: &AdapterInit,
+        dataset: FaceDataset,
+        config: TrainConfig,
+        output: impl AsRef<Path>,
+    ) -> Result<Self> {
+        config.validate()?;
+        check_against_base(&config, &base)?;
+        let parameters = Parameters::new();
+        for (name, tensor) in &adapter.tensors {
+            if FaceEncoder::is_adapter_parameter(name) {
+                let value = tensor.to_dtype(base.dtype)?.to_device(&base.device)?;
+                parameters.insert(name, candle_core::Var::from_tensor(&value)?);
+            }
+        }
+        let weights = Weights::trainable(&parameters, config.seed, base.dtype, &base.device);
+        let shape = encoder_config(&adapter.resampler, &config);
+        let mut encoder = FaceEncoder::load(&shape, &base.unet, &weights, &weights)?;
+        let trained = match config.adapter.optimize_adapter {
+            true => parameters.clone(),
+            false => {
+                // The same values, but no part of any graph.
+                let frozen = parameters.all().into_iter().map(|(name, variable)| (name, variable.as_detached_tensor()));
+                let frozen = Weights::frozen("the adapter", frozen.collect());
+                encoder = FaceEncoder::load(&shape, &base.unet, &frozen, &weights)?;
+                parameters.filter(|name| !FaceEncoder::is_adapter_parameter(name))
+            }
+        };
+        if trained.is_empty() {
+            let reason = "nothing would be trained: the adapter is frozen and both LoRA ranks are 0".into();
+            return Err(config_error("adapter.optimize_adapter", reason));
+        }
+        let optimizer = optimizer(&trained, &config)?;
+        let ema = Ema::from_config(&trained, &config.ema)?;
+        let image_losses: Vec<(Box<dyn ImageLoss>, f64)> =
+            vec![(Box::new(base.identity_loss()), config.lookahead.identity_weight)];
+        let total = base.schedule.timestep_count();
+        let sampler = |alpha, max| AnnealedTimestepSampler::new(alpha, max, total);
+        Ok(Trainer {
+            diffusion_timesteps: sampler(config.timesteps.diffusion_annealing, total)?,
+            lookahead_timesteps: sampler(config.timesteps.lookahead_annealing, config.timesteps.lcm_max_timestep)?,
+            base,
+            resampler: adapter.resampler.clone(),
+            parameters,
+            trained,
+            encoder,
+            image_losses,
+            dataset,
+            config,
+            output: output.as_ref().to_path_buf(),
+            optimizer,
+            ema,
+            step: 0,
+        })
+    }
+
+    /// Adds an image loss on the preview (equation 4 takes any distance between images), with a weight.
+    pub fn add_image_loss(&mut self, loss: Box<dyn ImageLoss>, weight: f64) {
+        self.image_losses.push((loss, weight));
+    }
+
+    /// Iterations done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// All parameters of the encoder, by name, frozen ones among them.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// Goes on from the latest checkpoint in the output folder; returns false where there is none.
+    ///
+    /// # Errors
+    /// As [`Trainer::resume_from`].
+    pub fn resume(&mut self) -> Result<bool> {
+        match checkpoint::latest(&self.output)? {
+            Some(folder) => self.resume_from(folder).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Goes on from a checkpoint folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] where the folder holds no whole checkpoint, [`Error::Tensor`] where it belongs
+    /// to another configuration, [`Error::Dataset`] where newer checkpoints of this run would be mixed with the new ones.
+    pub fn resume_from(&mut self, folder: impl AsRef<Path>) -> Result<()> {
+        let loaded = Checkpoint::load(&folder)?;
+        if let Some((newest, path)) = checkpoint::list(&self.output).unwrap_or_default().pop()
+            && newest > loaded.step
+        {
+            let reason = format!(
+                "the run already has {} beyond step {}; move it away, or write to another folder",
+                path.display(),
+                loaded.step
+            );
+            return Err(Error::Training { step: loaded.step, reason });
+        }
+        loaded.restore_parameters(&self.parameters)?;
+        let source = loaded.folder.display().to_string();
+        self.optimizer.load_state(&source, &loaded.optimizer)?;
+        if let Some(ema) = &mut self.ema {
+            match &loaded.ema {
+                Some(state) => ema.load_state(&source, state)?,
+                None => ema.restart()?,
+            }
+        }
+        self.step = loaded.step;
+        Ok(())
+    }
+
+    /// Writes a checkpoint of the present state and returns its folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming what could not be written; earlier checkpoints are then as they were.
+    pub fn save_checkpoint(&self) -> Result<PathBuf> {
+        let state =
+            Checkpoint::capture(self.step, &self.parameters, &self.optimizer, self.ema.as_ref(), &self.config)?;
+        state.save(&self.output, self.config.checkpointing.keep_last)
+    }
+
+    /// Does one training iteration.
+    ///
+    /// # Errors
+    /// [`Error::Training`] where a loss or gradient is not finite (the parameters are then as before the update);
+    /// [`Error::Dataset`] where no picture can be read; those of the networks.
+    pub fn train_step(&mut self) -> Result<StepReport> {
+        with_large_stack(|| self.train_step_here())
+    }
+
+    fn train_step_here(&mut self) -> Result<StepReport> {
+        let step = self.step;
+        let schedule = &self.config.optimizer;
+        let lr_factor =
+            schedule.lr_scheduler.factor(step, schedule.lr_warmup_steps, self.config.max_train_steps);
+        let every = self.config.lookahead.every_k_steps;
+        let lookahead = every > 0 && step.is_multiple_of(every);
+        let accumulation = self.config.gradient_accumulation_steps as u64;
+
+        let mut report = LossReport::default();
+        let (mut first, mut second) = (Gradients::new(), Gradients::new());
+        for draw in step * accumulation..(step + 1) * accumulation {
+            let batch = self.dataset.batch(
+                self.config.seed,
+                draw,
+                0,
+                1,
+                self.config.train_batch_size,
+                &candle_core::Device::Cpu,
+            )?;
+            let losses = self.losses();
+            let prepared = losses.prepare(&batch, draw)?;
+            let mut part = LossReport::default();
+            match self.config.update_mode {
+                UpdateMode::Joint => {
+                    let loss = losses.joint(&prepared, step, draw, lookahead, &mut part)?;
+                    first.accumulate(self.gradients(&loss, step)?)?;
+                }
+                UpdateMode::Alternating => {
+                    let loss = losses.diffusion(&prepared, draw, &mut part)?;
+                    first.accumulate(self.gradients(&loss, step)?)?;
+                    if lookahead && accumulation > 1 {
+                        self.lookahead_gradients(&prepared, step, draw, &mut part, &mut second)?;
+                    }
+                }
+            }
+            if lookahead && self.config.update_mode == UpdateMode::Alternating && accumulation == 1 {
+                // The second update sees the parameters after the first (official code).
+                let mut norms = vec![self.update(std::mem::take(&mut first), 1, lr_factor, step)?];
+                self.lookahead_gradients(&prepared, step, draw, &mut part, &mut second)?;
+                if !second.is_empty() {
+                    norms.push(self.update(std::mem::take(&mut second), 1, lr_factor, step)?);
+                }
+                report.add(part, 1);
+                return self.finish_step(report, norms, lr_factor);
+            }
+            report.add(part, accumulation);
+        }
+        let mut norms = vec![self.update(first, accumulation, lr_factor, step)?];
+        if !second.is_empty() {
+            norms.push(self.update(second, accumulation, lr_factor, step)?);
+        }
+        self.finish_step(report, norms, lr_factor)
+    }
+
+    fn finish_step(
+        &mut self,
+        losses: LossReport,
+        gradient_norms: Vec<f64>,
+        lr_factor: f64,
+    ) -> Result<StepReport> {
+        if let Some(ema) = &mut self.ema {
+            ema.update()?;
+        }
+        self.step += 1;
+        Ok(StepReport { step: self.step - 1, losses, gradient_norms, lr_factor })
+    }
+
+    fn losses(&self) -> StepLosses<'_> {
+        StepLosses {
+            base: &self.base,
+            encoder: &self.encoder,
+            config: &self.config,
+            image_losses: &self.image_losses,
+            diffusion_timesteps: &self.diffusion_timesteps,
+            lookahead_timesteps: &self.lookahead_timesteps,
+        }
+    }
+
+    fn lookahead_gradients(
+        &self,
+        prepared: &super::step::Prepared,
+        step: u64,
+        draw: u64,
+        report: &mut LossReport,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if let Some(loss) = self.losses().lookahead(prepared, step, draw, report)? {
+            gradients.accumulate(self.gradients(&loss, step)?)?;
+        }
+        Ok(())
+    }
+
+    fn gradients(&self, loss: &Tensor, step: u64) -> Result<Gradients> {
+        let value = loss.detach().to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+        if !value.is_finite() {
+            return Err(Error::Training { step, reason: format!("the loss is {value}") });
+        }
+        Ok(Gradients::extract(&loss.backward()?, &self.trained))
+    }
+
+    fn update(&mut self, mut gradients: Gradients, batches: u64, lr_factor: f64, step: u64) -> Result<f64> {
+        if batches > 1 {
+            gradients.scale(1.0 / batches as f64)?;
+        }
+        let norm = gradients.clip(self.config.optimizer.max_grad_norm)?;
+        if !norm.is_finite() {
+            return Err(Error::Training { step, reason: format!("the norm of the gradient is {norm}") });
+        }
+        self.optimizer.step(&gradients, lr_factor)?;
+        Ok(norm)
+    }
+
+    /// A personalizer with the present parameters (their moving average, where there is one): a frozen copy of nothing,
+    /// for it shares their memory.
+    ///
+    /// # Errors
+    /// Where memory is out.
+    pub fn personalizer(&self) -> Result<Personalizer> {
+        let mut tensors: HashMap<String, Tensor> =
+            self.parameters.all().into_iter().map(|(name, variable)| (name, variable.as_detached_tensor())).collect();
+        if let Some(ema) = &self.ema {
+            tensors.extend(ema.averages().iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        }
+        Personalizer::from_tensors(self.base.clone(), &self.resampler, &self.config, "the trainer", &tensors)
+    }
+
+    /// Trains to the end: `max_train_steps`, with metrics, checkpoints, validation pictures and a progress bar, all in
+    /// the output folder.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::train_step`] and of writing. What was written before stays.
+    pub fn run(&mut self) -> Result<()> {
+        let (total, config) = (self.config.max_train_steps, self.config.clone());
+        if config.lookahead.perceptual_weight > 0.0 && self.image_losses.len() == 1 {
+            tracing::warn!(
+                "lookahead.perceptual_weight is {}, but no perceptual loss was added: training with the identity loss alone",
+                config.lookahead.perceptual_weight
+            );
+        }
+        let mut metrics = MetricsWriter::open(&self.output, self.step, config.logging.tensorboard)?;
+        let progress = Progress::new(self.step, total, 10);
+        let validation = Validation::new(&config.validation, &self.dataset, config.seed, self.base.resolution)?;
+        while self.step < total {
+            let report = self.train_step()?;
+            let identity = report.losses.lookahead.first().filter(|(_, _, counted)| *counted > 0);
+            progress.update(
+                self.step,
+                report.losses.diffusion.unwrap_or(f64::NAN),
+                identity.map(|(_, value, _)| *value),
+            );
+            if report.step.is_multiple_of(config.logging.every_n_steps) {
+                let values = report.values(&self.optimizer.learning_rates());
+                let values: Vec<(&str, f64)> = values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+                metrics.write(report.step, &values)?;
+            }
+            let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
+            if due(config.checkpointing.every_n_steps) || self.step == total {
+                self.save_checkpoint()?;
+            }
+            if due(config.validation.every_n_steps) || (self.step == total && config.validation.every_n_steps > 0) {
+                let sheet = validation.sheet(&self.personalizer()?, &config)?;
+                let path = self.output.join("validation").join(format!("step-{:06}.png", self.step));
+                crate::data::save_png(&sheet, &path)?;
+                metrics.image(self.step, "validation", &sheet)?;
+                progress.message(&format!("validation pictures: {}", path.display()));
+            }
+        }
+        progress.finish();
+        let skipped = self.dataset.report();
+        if skipped.missing + skipped.unreadable > 0 {
+            progress.message(&format!(
+                "{} missing and {} unreadable pictures were skipped",
+                skipped.missing, skipped.unreadable
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl LossReport {
+    /// Adds a part of the step, one of `parts` of equal weight.
+    fn add(&mut self, part: LossReport, parts: u64) {
+        let share = 1.0 / parts as f64;
+        if let Some(diffusion) = part.diffusion {
+            *self.diffusion.get_or_insert(0.0) += diffusion * share;
+        }
+        for (name, value, counted) in part.lookahead {
+            match self.lookahead.iter_mut().find(|(known, ..)| *known == name) {
+                // The mean over the samples that counted in any part.
+                Some((_, mean, total)) if *total + counted > 0 => {
+                    *mean = (*mean * *total as f64 + value * counted as f64) / (*total + counted) as f64;
+                    *total += counted;
+                }
+                Some(_) => {}
+                None => self.lookahead.push((name, value, counted)),
+            }
+        }
+        self.lora_scale = part.lora_scale.or(self.lora_scale);
+    }
+}
+
+impl StepReport {
+    /// The report as named numbers, for the metrics file.
+    fn values(&self, learning_rates: &[f64]) -> Vec<(String, f64)> {
+        let mut values = Vec::new();
+        if let Some(diffusion) = self.losses.diffusion {
+            values.push(("loss/diffusion".to_string(), diffusion));
+        }
+        for (name, value, counted) in &self.losses.lookahead {
+            if *counted > 0 {
+                values.push((format!("loss/{name}"), *value));
+            }
+            values.push((format!("counted/{name}"), *counted as f64));
+        }
+        values.extend(self.losses.lora_scale.map(|scale| ("lora_scale".to_string(), scale)));
+        for (i, norm) in self.gradient_norms.iter().enumerate() {
+            let name = if i == 0 { "gradient_norm".to_string() } else { format!("gradient_norm_{}", i + 1) };
+            values.push((name, *norm));
+        }
+        for (i, rate) in learning_rates.iter().enumerate() {
+            values.push((format!("learning_rate/{i}"), rate * self.lr_factor));
+        }
+        values
+    }
+}
+
+/// Two groups with a learning rate each: the KV branch's LoRA, and the adapter.
+fn optimizer(trained: &Parameters, config: &TrainConfig) -> Result<AdamW> {
+    let rates: &config::OptimizerConfig = &config.optimizer;
+    let group = |parameters: Parameters, learning_rate| ParameterGroup {
+        parameters,
+        learning_rate,
+        weight_decay: rates.adam_weight_decay,
+    };
+    let groups = [
+        group(trained.filter(|name| !FaceEncoder::is_adapter_parameter(name)), rates.learning_rate),
+        group(trained.filter(FaceEncoder::is_adapter_parameter), rates.adapter_lr),
+    ];
+    let groups = groups.into_iter().filter(|group| !group.parameters.is_empty()).collect();
+    AdamW::new(groups, AdamWConfig::from(rates))
+}
+
+fn config_error(field: &str, reason: String) -> Error {
+    Error::Config { source_name: "training configuration".into(), field: field.into(), reason }
+}
+
+fn check_against_base(config: &TrainConfig, base: &Base) -> Result<()> {
+    if config.data.resolution != base.resolution {
+        let reason = format!("the base works at {} pixels, found {}", base.resolution, config.data.resolution);
+        return Err(config_error("data.resolution", reason));
+    }
+    let names = base.unet.block_names();
+    for beginning in &config.adapter.extended_layers {
+        let known = names.iter().any(|name| name.starts_with(beginning.as_str()));
+        if !known {
+            let reason = format!("`{beginning}` begins no transformer block's name; they are {names:?}");
+            return Err(config_error("adapter.extended_layers", reason));
+        }
+    }
+    Ok(())
+}
