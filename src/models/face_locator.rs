@@ -6,7 +6,7 @@ use crate::Result;
 use crate::face::Landmarks;
 
 /// A network that finds the five landmarks of the face in a picture.
-pub trait FaceLocator {
+pub trait FaceLocator: Send + Sync {
     /// The landmarks of the face in each of the images `(batch, 3, height, width)` in `[-1, 1]`, in pixels; `None`
     /// where no face is found. Of several faces the most prominent one. No gradient passes.
     ///

@@ -5,7 +5,7 @@ use candle_core::{D, Tensor};
 use crate::Result;
 
 /// A network that maps a face to a vector of unit length, near those of the same person (ArcFace and its kin).
-pub trait IdentityNetwork {
+pub trait IdentityNetwork: Send + Sync {
     /// Embeds aligned crops `(batch, 3, crop_size, crop_size)`, RGB in `[-1, 1]`, as
     /// [`aligned_crop`](crate::face::aligned_crop) makes them, to `(batch, dimension)`, of unit length. Differentiable
     /// in the pixels.

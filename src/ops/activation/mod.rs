@@ -5,6 +5,7 @@ mod cpu;
 mod tests;
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use super::support::{Real, dispatch};
 use crate::Result;
@@ -12,7 +13,8 @@ use crate::autograd::{Backward, Forward, Function, apply};
 
 /// A pointwise activation function. Named as `hidden_act` / `act_fn` in the configurations of transformers and
 /// diffusers name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// The identity.
     #[default]
