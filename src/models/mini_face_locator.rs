@@ -192,7 +192,7 @@ mod tests {
             let prediction = network.forward(&x[0])?;
             Ok(vec![prediction.landmarks, prediction.presence])
         };
-        let check = check_gradients(&[images.clone()], outputs)?;
+        let check = check_gradients(std::slice::from_ref(&images), outputs)?;
         assert!(check.worst() < 1e-6 && check.norms[0] > 1e-3, "{check:?}");
         let prediction = network.forward(&images)?;
         let loss = (prediction.landmarks.sqr()?.sum_all()? + prediction.presence.sum_all()?)?;
