@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use lcm_lookahead::Result;
-use lcm_lookahead::ops;
+use lcm_lookahead::ops::{self, Activation};
 use lcm_lookahead::random::Address;
 
 fn variable(purpose: &'static str, shape: &[usize]) -> Var {
@@ -77,5 +77,51 @@ fn conv2d(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, linear, conv2d);
+fn group_norm(criterion: &mut Criterion) {
+    let mut group = group(criterion, "group_norm");
+    for (name, activation) in [("plain", Activation::None), ("SiLU", Activation::Silu)] {
+        let variables = [variable("x", &[8, 32, 32, 64]), variable("w", &[64]), variable("b", &[64])];
+        measure(&mut group, &format!("8x32x32x64, {name}"), (8 * 32 * 32 * 64, 0), &variables, |v| {
+            ops::group_norm(&v[0], 16, &v[1], &v[2], 1e-5, activation)
+        });
+    }
+}
+
+fn activation(criterion: &mut Criterion) {
+    let mut group = group(criterion, "activation");
+    for activation in [Activation::Silu, Activation::Gelu] {
+        let variables = [variable("x", &[8, 32, 32, 64])];
+        measure(&mut group, &format!("8x32x32x64, {activation:?}"), (8 * 32 * 32 * 64, 0), &variables, |v| {
+            ops::activation(&v[0], activation)
+        });
+    }
+}
+
+fn upsample_nearest_2x(criterion: &mut Criterion) {
+    let mut group = group(criterion, "upsample_nearest_2x");
+    let variables = [variable("x", &[8, 16, 16, 64])];
+    measure(&mut group, "8x16x16x64", (8 * 32 * 32 * 64, 0), &variables, |v| ops::upsample_nearest_2x(&v[0]));
+}
+
+fn resize_bilinear(criterion: &mut Criterion) {
+    let mut group = group(criterion, "resize_bilinear");
+    for (size, antialias) in [(112, true), (64, true), (64, false), (256, false)] {
+        let variables = [variable("x", &[4, 128, 128, 3])];
+        let case = format!("4x128x128x3 to {size}, antialias {antialias}");
+        measure(&mut group, &case, (4 * size as u64 * size as u64 * 3, 0), &variables, |v| {
+            ops::resize_bilinear(&v[0], size, size, antialias)
+        });
+    }
+}
+
+fn warp_affine(criterion: &mut Criterion) {
+    let mut group = group(criterion, "warp_affine");
+    let matrices = [[[0.9, -0.3, 20.0], [0.3, 0.9, -5.0]]; 4];
+    let variables = [variable("x", &[4, 128, 128, 3])];
+    measure(&mut group, "4x128x128x3 to 112", (4 * 112 * 112 * 3, 0), &variables, |v| {
+        ops::warp_affine(&v[0], &matrices, 112, 112)
+    });
+}
+
+criterion_group!(benches, linear, conv2d, group_norm, activation, upsample_nearest_2x, resize_bilinear, warp_affine);
 criterion_main!(benches);

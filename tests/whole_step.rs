@@ -104,7 +104,9 @@ fn step(fixture: &Fixture, recompute: bool) -> Result<Step> {
     let timesteps: Vec<usize> =
         fixture.get("input.timesteps").to_vec1::<i64>()?.into_iter().map(|t| t as usize).collect();
     let noise = fixture.get("input.noise");
-    let noised = schedule.add_noise(fixture.get("input.latents"), noise, &timesteps)?;
+    let noised = Var::from_tensor(&schedule.add_noise(fixture.get("input.latents"), noise, &timesteps)?)?;
+    parameters.insert("noised_latents", noised.clone());
+    let noised = noised.into_inner();
     let noised_conditioning = schedule.add_noise(fixture.get("input.conditioning_latents"), noise, &timesteps)?;
 
     let encoder_text = fixture.conditioning("input.encoder_text_embeddings", "input.encoder_pooled")?;

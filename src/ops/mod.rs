@@ -6,11 +6,11 @@
 //! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
 
 mod activation;
-mod conv2d;
 mod attention;
+mod conv2d;
 mod geglu;
-mod layer_norm;
 mod group_norm;
+mod layer_norm;
 mod linear;
 mod resize_bilinear;
 mod support;
@@ -18,11 +18,11 @@ mod upsample_nearest_2x;
 mod warp_affine;
 
 pub use activation::{Activation, activation};
-pub use conv2d::conv2d;
 pub use attention::{Mask, attention};
+pub use conv2d::conv2d;
 pub use geglu::geglu;
-pub use layer_norm::layer_norm;
 pub use group_norm::group_norm;
+pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use resize_bilinear::resize_bilinear;
 pub use upsample_nearest_2x::upsample_nearest_2x;

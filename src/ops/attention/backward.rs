@@ -8,6 +8,13 @@ use crate::autograd::Backward;
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 use crate::{Error, Result};
 
+/// Fewer heads in a batch than this are split into spans of queries, so that a single wide head (of the VAE) keeps several
+/// threads busy.
+const HEADS: usize = 8;
+/// Spans of queries a head is split into. A constant, so that the sums do not depend on the number of threads; each span
+/// costs the memory of one more gradient of the keys and values.
+const SPANS: usize = 4;
+
 /// With probabilities `P = exp(S - L)` made anew from the scores `S` and the saved log-sum-exps `L`:
 /// `dV = P^T dO`, `dS = P (dO V^T - rowsum(dO O))`, `dQ = dS K / sqrt(d)`, `dK = dS^T Q / sqrt(d)`.
 pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
@@ -29,19 +36,24 @@ pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -
         .zip(inputs)
         .map(|(numbers, input)| View::new(numbers, input, heads))
         .collect::<Result<Vec<_>>>()?;
-    let (output, gradient) = (output.contiguous()?, gradient.contiguous()?);
-    let (o_values, g_values) = (values::<T>("attention", &output)?, values::<T>("attention", &gradient)?);
+    let (o_values, g_values) = (values::<T>("attention", output)?, values::<T>("attention", gradient)?);
     let log_sums = values::<T>("attention", log_sums)?;
     let pass = Pass {
         inputs: &views,
-        output: View::new(&o_values, &output, heads)?,
-        gradient: View::new(&g_values, &gradient, heads)?,
+        output: View::new(&o_values, output, heads)?,
+        gradient: View::new(&g_values, gradient, heads)?,
         log_sums: &log_sums,
         needs: context.needs,
+        heads,
         mask: op.mask,
     };
-    let computed: Vec<Vec<Vec<T>>> =
-        (0..batch * heads).into_par_iter().map(|i| pass.one_head(i / heads, i % heads, i * tokens)).collect();
+    let spans = if batch * heads < HEADS { SPANS } else { 1 };
+    let span = tokens.div_ceil(spans).next_multiple_of(QUERIES).max(QUERIES);
+    let parts: Vec<Part> = (0..batch)
+        .flat_map(|sample| (0..heads).map(move |head| (sample, head)))
+        .flat_map(|(sample, head)| pieces(tokens, span).map(move |queries| Part { sample, head, queries }))
+        .collect();
+    let computed: Vec<Vec<Vec<T>>> = parts.par_iter().map(|part| pass.one_part(*part)).collect();
 
     let mut gradients = Vec::with_capacity(inputs.len());
     for (index, input) in inputs.iter().enumerate() {
@@ -51,11 +63,12 @@ pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -
         }
         let (input_batch, input_tokens, _) = input.dims3()?;
         let mut sum = vec![T::of(0.0); input.elem_count()];
-        for (i, parts) in computed.iter().enumerate() {
-            // Always in the order of the samples, so that the sum over a shared reference is the same every time.
-            let (sample, head) = (if input_batch == 1 { 0 } else { i / heads }, i % heads);
-            let first = sample * input_tokens * channels + head * width;
-            for (token, row) in parts[index].chunks_exact(width).enumerate() {
+        // Always in the order of the parts, so that sums over spans and over a batch are the same every time.
+        for (part, computed) in parts.iter().zip(&computed) {
+            let sample = if input_batch == 1 { 0 } else { part.sample };
+            let start = if index == 0 { part.queries.0 } else { 0 };
+            let first = (sample * input_tokens + start) * channels + part.head * width;
+            for (token, row) in computed[index].chunks_exact(width).enumerate() {
                 let target = &mut sum[first + token * channels..][..width];
                 target.iter_mut().zip(row).for_each(|(sum, x)| *sum += *x);
             }
@@ -65,6 +78,14 @@ pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -
     Ok(gradients)
 }
 
+/// What one task computes: the share of some queries, `(start, count)`, of one head in all gradients.
+#[derive(Clone, Copy)]
+struct Part {
+    sample: usize,
+    head: usize,
+    queries: (usize, usize),
+}
+
 /// What the backward pass reads.
 struct Pass<'a, T> {
     inputs: &'a [View<'a, T>],
@@ -72,25 +93,32 @@ struct Pass<'a, T> {
     gradient: View<'a, T>,
     log_sums: &'a [T],
     needs: &'a [bool],
+    heads: usize,
     mask: Mask,
 }
 
 impl<T: Exponential> Pass<'_, T> {
-    /// The gradients of one head, each `(tokens, d)`, empty where not needed. `first` is the index of the head's first
-    /// log-sum-exp.
-    fn one_head(&self, sample: usize, head: usize, first: usize) -> Vec<Vec<T>> {
+    /// The part's gradients: that of its queries and those of all keys and values, `(tokens, d)`; empty where not
+    /// needed.
+    fn one_part(&self, part: Part) -> Vec<Vec<T>> {
+        let Part { sample, head, queries: (start, count) } = part;
         let q = self.inputs[0];
-        let (tokens, width) = (q.tokens, q.width);
+        let width = q.width;
         let scale = T::of((width as f64).sqrt().recip());
         let one = T::of(1.0);
         let mut gradients: Vec<Vec<T>> = self
             .inputs
             .iter()
             .zip(self.needs)
-            .map(|(input, needed)| vec![T::of(0.0); if *needed { input.tokens * width } else { 0 }])
+            .enumerate()
+            .map(|(index, (input, needed))| {
+                let tokens = if index == 0 { count } else { input.tokens };
+                vec![T::of(0.0); if *needed { tokens * width } else { 0 }]
+            })
             .collect();
-        let log_sums = &self.log_sums[first..first + tokens];
-        let deltas = self.deltas(sample, head);
+        let first = (sample * self.heads + head) * q.tokens + start;
+        let log_sums = &self.log_sums[first..first + count];
+        let deltas = self.deltas(part);
         let mut buffers = [vec![T::of(0.0); QUERIES * KEYS], vec![T::of(0.0); QUERIES * KEYS]];
 
         for index in (1..self.inputs.len()).step_by(2) {
@@ -101,7 +129,8 @@ impl<T: Exponential> Pass<'_, T> {
             for (key, keys) in pieces(self.inputs[index].tokens, KEYS) {
                 let k_rows = self.inputs[index].rows(sample, head, key, keys);
                 let v_rows = self.inputs[index + 1].rows(sample, head, key, keys);
-                for (query, queries) in pieces(tokens, QUERIES) {
+                for (from, queries) in pieces(count, QUERIES) {
+                    let query = start + from;
                     let tile = Tile { query, queries, key, keys };
                     if tile.is_hidden(self.mask) {
                         continue;
@@ -111,7 +140,7 @@ impl<T: Exponential> Pass<'_, T> {
                     let [scores, slopes] = &mut buffers;
                     let (scores, slopes) = (&mut scores[..tile.area()], &mut slopes[..tile.area()]);
                     tile.scores(scores, q_rows, k_rows, self.mask);
-                    for (row, log_sum) in scores.chunks_exact_mut(keys).zip(&log_sums[query..]) {
+                    for (row, log_sum) in scores.chunks_exact_mut(keys).zip(&log_sums[from..]) {
                         exponentials(row, *log_sum);
                     }
                     let probabilities = Matrix::row_major(scores, queries, keys);
@@ -124,12 +153,12 @@ impl<T: Exponential> Pass<'_, T> {
                     }
                     matmul(slopes, keys, false, g_rows, v_rows.transposed(), one, Threads::No);
                     let rows = slopes.chunks_exact_mut(keys).zip(scores.chunks_exact(keys));
-                    for ((slopes, probabilities), delta) in rows.zip(&deltas[query..]) {
+                    for ((slopes, probabilities), delta) in rows.zip(&deltas[from..]) {
                         slopes.iter_mut().zip(probabilities).for_each(|(s, p)| *s = *p * (*s - *delta));
                     }
                     let slopes = Matrix::row_major(slopes, queries, keys);
                     if needs_q {
-                        let dq = &mut gradients[0][query * width..];
+                        let dq = &mut gradients[0][from * width..];
                         matmul(dq, width, true, slopes, k_rows, scale, Threads::No);
                     }
                     if needs_k {
@@ -142,10 +171,10 @@ impl<T: Exponential> Pass<'_, T> {
         gradients
     }
 
-    /// `rowsum(dO O)`, one number a query.
-    fn deltas(&self, sample: usize, head: usize) -> Vec<T> {
-        let (tokens, width) = (self.output.tokens, self.output.width);
-        (0..tokens)
+    /// `rowsum(dO O)`, one number a query of the part.
+    fn deltas(&self, Part { sample, head, queries: (start, count) }: Part) -> Vec<T> {
+        let width = self.output.width;
+        (start..start + count)
             .map(|token| {
                 let o = self.output.rows(sample, head, token, 1);
                 let g = self.gradient.rows(sample, head, token, 1);

@@ -107,6 +107,9 @@ fn values_and_gradients_equal_those_of_a_softmax_over_concatenated_sources() -> 
         Problem { reference: None, mask: Mask::Causal, n: 200, m: 200, d: 5, ..LARGE },
         Problem { reference: None, mask: Mask::Causal, n: 70, m: 300, ..LARGE },
         Problem { batch: 1, heads: 1, d: 20, ..LARGE },
+        // Heads enough not to be split into spans of queries.
+        Problem { heads: 5, d: 4, ..LARGE },
+        Problem { heads: 5, d: 4, reference: None, mask: Mask::Causal, ..LARGE },
     ] {
         let reference = problem.reference.map(|(tokens, batch)| (tokens, batch.min(problem.batch)));
         let problem = Problem { reference, ..problem };
@@ -184,6 +187,18 @@ fn no_reference_tokens_give_plain_attention() -> Result<()> {
     let gradients = problem.run(&variables)?.sum_all()?.backward()?;
     assert_eq!(gradients.get(&variables[3]).unwrap().dims(), [1, 0, 6]);
     assert_eq!(gradients.get(&variables[2]).unwrap().dims(), [2, 4, 6]);
+    Ok(())
+}
+
+#[test]
+fn no_queries_give_an_empty_output_and_gradients_of_zero() -> Result<()> {
+    let problem = Problem { n: 0, ..SMALL };
+    let variables =
+        problem.inputs()?.iter().map(|t| Ok(Var::from_tensor(t)?.into_inner())).collect::<Result<Vec<_>>>()?;
+    let output = problem.run(&variables)?;
+    assert_eq!(output.dims(), [2, 0, 6]);
+    let gradients = output.sum_all()?.backward()?;
+    assert_eq!(gradients.get(&variables[2]).unwrap().abs()?.max_all()?.to_scalar::<f64>()?, 0.0);
     Ok(())
 }
 

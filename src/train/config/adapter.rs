@@ -1,0 +1,57 @@
+//! What is trained.
+
+use serde::{Deserialize, Serialize};
+
+use super::check::Checker;
+use crate::Result;
+
+/// What is trained, and how the conditioning picture reaches the denoiser.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Rank of the LoRA on the KV encoder's attentions. Default 4 (paper section 4.5); 0 leaves them frozen; at most
+    /// 1024.
+    pub encoder_lora_rank: usize,
+    /// Rank of the LoRA on the projections that make the exported keys and values. Default 0: they are recorded straight
+    /// from the self-attention, as the paper's text has it. Official code 4: projections of their own, which start as
+    /// copies. At most 1024.
+    pub kv_lora_rank: usize,
+    /// Whether the resampler and the image key/value projections are trained. Default true (paper section 4.5; official
+    /// option `optimize_adapter`).
+    pub optimize_adapter: bool,
+    /// Weight of the attention to the image tokens. Default 1.0 (official option `adapter_attention_scale`); not negative.
+    pub adapter_attention_scale: f64,
+    /// Whether the KV encoder sees the conditioning latents noised to the same timestep, with the same noise, as the
+    /// target. Default true (paper section 4.3; official recipe).
+    pub noisy_encoder_input: bool,
+    /// Names of transformer blocks, or beginnings of names (`"up_blocks.0"`), whose self-attention is extended with the
+    /// recorded keys and values. Default empty: all of them (paper section 4.3).
+    pub extended_layers: Vec<String>,
+}
+
+impl AdapterConfig {
+    pub(super) fn validate(&self, check: &Checker<'_>) -> Result<()> {
+        check.at_most("encoder_lora_rank", self.encoder_lora_rank, 1024)?;
+        check.at_most("kv_lora_rank", self.kv_lora_rank, 1024)?;
+        check.not_negative("adapter_attention_scale", self.adapter_attention_scale)?;
+        let named = self.extended_layers.iter().all(|name| !name.is_empty());
+        check.require("extended_layers", named, "names that are not empty", "an empty name")?;
+        let trains = self.encoder_lora_rank > 0 || self.kv_lora_rank > 0 || self.optimize_adapter;
+        check.require(
+            "optimize_adapter",
+            trains,
+            "true where both LoRA ranks are 0 (nothing would be trained)",
+            "false",
+        )
+    }
+
+    /// Whether the self-attention of this block is extended: no restriction, or the block's name is listed or lies within
+    /// a listed one (`"up_blocks.1"` covers `"up_blocks.1.attentions.0"`, not `"up_blocks.10"`).
+    pub fn extends(&self, block_name: &str) -> bool {
+        let covers = |listed: &String| {
+            let rest = block_name.strip_prefix(listed.trim_end_matches('.'));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        self.extended_layers.is_empty() || self.extended_layers.iter().any(covers)
+    }
+}

@@ -1,0 +1,66 @@
+//! The lookahead loss.
+
+use serde::{Deserialize, Serialize};
+
+use super::check::Checker;
+use crate::Result;
+
+/// How the LCM's noise prediction becomes a preview of the clean latents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreviewForm {
+    /// Equation 3 of the paper.
+    Eq3,
+    /// Equation 3 within the consistency model's boundary terms c_skip and c_out (official code). It differs at
+    /// timesteps 0 and 1 only.
+    Boundary,
+}
+
+/// The lookahead loss (paper section 4.1).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LookaheadConfig {
+    /// The loss is computed at every k-th iteration. Default 1 (official recipe: `lcm_every_k_steps`); 0 turns it off.
+    pub every_k_steps: u64,
+    /// How many samples of the batch it is computed on, over all processes. Default 8, all of them (official recipe:
+    /// `lcm_batch_size` 4 of 4 per process); 1 to `train_batch_size`.
+    pub batch_size: usize,
+    /// Weight of the identity loss. Default 1e-3 (official code; the paper gives none); not negative.
+    pub identity_weight: f64,
+    /// Weight of a perceptual loss between preview and conditioning picture. Default 0 (the paper's loss is identity
+    /// only); official code 1e-3, with DreamSim; not negative.
+    pub perceptual_weight: f64,
+    /// Whether the loss is multiplied by the current scale of the LCM-LoRA. Default false; official code true.
+    pub scale_loss_by_lora_scale: bool,
+    /// How the preview is computed. Default `"eq3"` (paper equation 3); official code `"boundary"`.
+    pub preview_form: PreviewForm,
+    /// Random scale of the LCM-LoRA.
+    pub lora_scale: LoraScaleConfig,
+}
+
+/// Random re-scaling of the LCM-LoRA, which keeps the preview aligned with the model (paper section 4.2).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraScaleConfig {
+    /// Probability that a draw is 1 rather than uniform in `[min_scale, 1]`. Default 0.5 (paper section 4.2: "for half of
+    /// our training iterations"; official recipe); 0 to 1, where 1 never re-scales.
+    pub full_probability: f64,
+    /// Smallest scale. Default 0.1 (paper section 4.2); 0 to 1.
+    pub min_scale: f64,
+    /// Iterations for which a draw is kept. Default 1; official recipe 5 (`lcm_sample_scale_every_k_steps`); at least 1.
+    pub hold_iterations: u64,
+}
+
+impl LookaheadConfig {
+    pub(super) fn validate(&self, check: &Checker<'_>, train_batch_size: usize) -> Result<()> {
+        let fits = (1..=train_batch_size).contains(&self.batch_size);
+        let expected = format!("1 to `train_batch_size` ({train_batch_size})");
+        check.require("batch_size", fits, &expected, self.batch_size)?;
+        check.not_negative("identity_weight", self.identity_weight)?;
+        check.not_negative("perceptual_weight", self.perceptual_weight)?;
+        let check = check.within("lookahead.lora_scale.");
+        check.within_range("full_probability", self.lora_scale.full_probability, 0.0..=1.0)?;
+        check.within_range("min_scale", self.lora_scale.min_scale, 0.0..=1.0)?;
+        check.at_least("hold_iterations", self.lora_scale.hold_iterations, 1)
+    }
+}
