@@ -85,7 +85,7 @@ impl PromptTokenizer {
             found.and_then(|id| u32::try_from(id).ok()).ok_or_else(|| format(vocab, format!("has no token `{token}`")))
         };
         let (start, end, padding) = (id("<|startoftext|>")?, id("<|endoftext|>")?, id(padding)?);
-        // transformers' converter for slow CLIP tokenizers builds the same.
+        // As transformers' `CLIPTokenizer` defines it, save that special tokens in the text of a prompt are mere text.
         let words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
         let definition = json!({
             "version": "1.0",
@@ -97,7 +97,7 @@ impl PromptTokenizer {
             ] },
             "pre_tokenizer": { "type": "Sequence", "pretokenizers": [
                 { "type": "Split", "pattern": { "Regex": words }, "behavior": "Removed", "invert": true },
-                { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false },
+                { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
             ] },
             "model": {
                 "type": "BPE", "dropout": null, "unk_token": "<|endoftext|>", "continuing_subword_prefix": "",
