@@ -172,7 +172,9 @@ mod tests {
         let faces = [face(4, 0.3, 1.1, [4.0, 4.0]), face(4, -0.2, 2.1, [3.0, 6.0])];
         for antialias in [false, true] {
             let options = CropOptions { antialias, ..CropOptions::new(4) };
-            let check = check_gradients(&[images.clone()], |x| Ok(vec![aligned_crop_with(&x[0], &faces, &options)?]))?;
+            let check = check_gradients(std::slice::from_ref(&images), |x| {
+                Ok(vec![aligned_crop_with(&x[0], &faces, &options)?])
+            })?;
             assert!(check.worst() < 1e-8 && check.norms[0] > 1.0, "{check:?}");
         }
         Ok(())

@@ -25,8 +25,7 @@ pub enum Template {
     /// ArcFace's own: from the brows to the chin. What published identity networks expect.
     #[default]
     ArcFace,
-    /// The whole head with hair and ears: ArcFace's points at two thirds of their size, around a point in the middle
-    /// of the crop.
+    /// The whole head with hair and ears: ArcFace's points at two thirds of their size, around the middle of the crop.
     Loose,
 }
 
@@ -39,7 +38,6 @@ impl Template {
         ARCFACE_TEMPLATE.map(|[x, y]| match self {
             Template::ArcFace => [x * scale, y * scale],
             Template::Loose => {
-                // The middle of the head lies above the middle of the landmarks, so these move down a little.
                 let (middle, zoom) = (ARCFACE_SIZE as f64 / 2.0, 2.0 / 3.0);
                 [(middle + (x - middle) * zoom) * scale, (middle + (y - middle) * zoom) * scale]
             }

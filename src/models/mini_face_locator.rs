@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::face_locator::FaceLocator;
 use super::{image_dims, to_channels_last};
-use crate::face::Landmarks;
+use crate::face::{Landmarks, Similarity, Template};
 use crate::nn::{Conv2d, GroupNorm, Linear, Weights};
 use crate::ops::{self, Activation};
 use crate::{Error, Result};
@@ -130,8 +130,13 @@ impl FaceLocator for MiniFaceLocator {
         let pixels = |points: &Vec<Vec<f64>>| -> Landmarks {
             std::array::from_fn(|i| [points[i][0] * width as f64 - 0.5, points[i][1] * height as f64 - 0.5])
         };
-        // A logit of 0 is a probability of one half.
-        Ok(landmarks.iter().zip(presence).map(|(points, logit)| (logit >= 0.0).then(|| pixels(points))).collect())
+        let template = Template::ArcFace.landmarks(self.config.size);
+        // A logit of 0 is a probability of one half. Points no crop can be aligned to are no face either.
+        let found = |(points, logit): (&Vec<Vec<f64>>, f64)| {
+            let face = pixels(points);
+            (logit >= 0.0 && Similarity::fit(&face, &template).is_ok()).then_some(face)
+        };
+        Ok(landmarks.iter().zip(presence).map(found).collect())
     }
 }
 
@@ -151,17 +156,29 @@ mod tests {
     }
 
     #[test]
-    fn a_face_is_reported_in_pixels_where_its_probability_is_at_least_one_half() -> Result<()> {
+    fn a_face_is_reported_in_pixels_where_it_is_likely_and_not_degenerate() -> Result<()> {
         let (network, parameters) = load(&Config::mini(), DType::F32)?;
         let images = Address::new(1, "images").normal((1, 3, 96, 128), DType::F32, &Device::Cpu)?;
         // An output layer that says the same of every image.
         parameters.get("output.weight").unwrap().set(&Tensor::zeros((11, 64), DType::F32, &Device::Cpu)?)?;
-        for logit in [-0.1f32, 0.1] {
-            let mut bias = vec![0.25f32; 11];
-            bias[10] = logit;
-            parameters.get("output.bias").unwrap().set(&Tensor::new(bias, &Device::Cpu)?)?;
-            let expected = (logit > 0.0).then_some([[0.75 * 128.0 - 0.5, 0.75 * 96.0 - 0.5]; 5]);
-            assert_eq!(network.locate(&images)?, [expected]);
+        // Fractions relative to the middle of the image.
+        let face = [-0.2f32, -0.2, 0.2, -0.2, 0.0, 0.0, -0.1, 0.25, 0.1, 0.25];
+        let pixels = std::array::from_fn(|i| {
+            let fraction = |j: usize| f64::from(face[2 * i + j]) + 0.5;
+            [fraction(0) * 128.0 - 0.5, fraction(1) * 96.0 - 0.5]
+        });
+        for (points, logit, expected) in [(face, -0.1f32, None), (face, 0.1, Some(pixels)), ([0.25; 10], 0.1, None)] {
+            let bias = Tensor::new([&points[..], &[logit]].concat(), &Device::Cpu)?;
+            parameters.get("output.bias").unwrap().set(&bias)?;
+            let located = network.locate(&images)?;
+            match (located[0], expected) {
+                (Some(found), Some(expected)) => {
+                    let expected: Landmarks = expected;
+                    let apart = |(a, b): (&f64, &f64)| (a - b).abs() > 1e-4;
+                    assert!(!found.iter().flatten().zip(expected.iter().flatten()).any(apart), "{found:?}");
+                }
+                (found, expected) => assert_eq!(found, expected),
+            }
         }
         Ok(())
     }
@@ -175,7 +192,7 @@ mod tests {
             let prediction = network.forward(&x[0])?;
             Ok(vec![prediction.landmarks, prediction.presence])
         };
-        let check = check_gradients(&[images.clone()], outputs)?;
+        let check = check_gradients(std::slice::from_ref(&images), outputs)?;
         assert!(check.worst() < 1e-6 && check.norms[0] > 1e-3, "{check:?}");
         let prediction = network.forward(&images)?;
         let loss = (prediction.landmarks.sqr()?.sum_all()? + prediction.presence.sum_all()?)?;

@@ -184,7 +184,7 @@ mod tests {
         let config = Config { crop_size: 8, widths: vec![2, 4], group_width: 2, dimension: 3 };
         let (network, parameters) = load(&config, DType::F64)?;
         let faces = Address::new(1, "faces").normal((1, 3, 8, 8), DType::F64, &Device::Cpu)?;
-        let check = check_gradients(&[faces.clone()], |x| Ok(vec![network.embed(&x[0])?]))?;
+        let check = check_gradients(std::slice::from_ref(&faces), |x| Ok(vec![network.embed(&x[0])?]))?;
         assert!(check.worst() < 1e-6 && check.norms[0] > 1e-3, "{check:?}");
         let gradients = network.embed(&faces)?.narrow(1, 0, 1)?.sum_all()?.backward()?;
         for (name, variable) in parameters.all() {

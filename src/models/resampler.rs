@@ -243,7 +243,7 @@ mod tests {
         let parameters = Parameters::new();
         let model = Resampler::load(&tiny(), &Weights::trainable(&parameters, 1, DType::F64, &Device::Cpu))?;
         let x = Address::new(1, "x").normal((2, 3, 3), DType::F64, &Device::Cpu)?;
-        let check = check_gradients(&[x.clone()], |x| Ok(vec![model.forward(&x[0])?]))?;
+        let check = check_gradients(std::slice::from_ref(&x), |x| Ok(vec![model.forward(&x[0])?]))?;
         assert!(check.worst() < 1e-6 && check.norms[0] > 1e-3, "{check:?}");
         let gradients = model.forward(&x)?.sqr()?.sum_all()?.backward()?;
         for (name, variable) in parameters.all() {
