@@ -196,7 +196,8 @@ fn no_frozen_weight_holds_a_gradient() -> Result<()> {
     let fixture = Fixture::open()?;
     let step = step(&fixture, false)?;
     let gradients = step.loss.backward()?;
-    let frozen: Vec<&[usize]> = fixture.0.iter().filter(|(n, _)| n.starts_with("unet.")).map(|(_, t)| t.dims()).collect();
+    let frozen: Vec<&[usize]> =
+        fixture.0.iter().filter(|(n, _)| n.starts_with("unet.")).map(|(_, t)| t.dims()).collect();
     assert!(!frozen.is_empty());
     // The weights the U-Net holds are private copies; a gradient for one would show as a leaf that is no parameter.
     let leaves = step.loss.sorted_nodes().into_iter().filter(|node| node.is_variable()).count();

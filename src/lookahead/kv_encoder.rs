@@ -60,8 +60,14 @@ impl KvEncoder {
             0 => LoraSet::default(),
             rank => {
                 let layers = [
-                    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", //
-                    "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+                    "attn1.to_q",
+                    "attn1.to_k",
+                    "attn1.to_v",
+                    "attn1.to_out.0", //
+                    "attn2.to_q",
+                    "attn2.to_k",
+                    "attn2.to_v",
+                    "attn2.to_out.0",
                 ];
                 LoraSet::load(&targets(&names[..last], &layers), rank, &weights.pp("encoder"))?
             }

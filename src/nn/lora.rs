@@ -77,10 +77,9 @@ impl LoraSet {
             let (down, up) = (weights.pp(path).pp("lora_A"), weights.pp(path).pp("lora_B"));
             let init = Init::Normal(1.0 / rank as f64);
             let (down, up) = match shape[..] {
-                [output, input] => (
-                    down.get((rank, input), "weight", init)?,
-                    up.get((output, rank), "weight", Init::Zeros)?,
-                ),
+                [output, input] => {
+                    (down.get((rank, input), "weight", init)?, up.get((output, rank), "weight", Init::Zeros)?)
+                }
                 [output, input, kernel, _] => (
                     down.get_conv(rank, input, kernel, "weight", init)?,
                     up.get_conv(output, rank, 1, "weight", Init::Zeros)?,

@@ -212,7 +212,8 @@ mod tests {
     #[test]
     fn a_missing_and_a_misshapen_tensor_are_named_with_their_file() -> Result<()> {
         let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
-        let weights = Weights::frozen("a.safetensors", HashMap::from([("layer.weight".to_string(), tensor)])).pp("layer");
+        let weights =
+            Weights::frozen("a.safetensors", HashMap::from([("layer.weight".to_string(), tensor)])).pp("layer");
         for (shape, name, found) in [((2, 4), "weight", "[2, 3]"), ((2, 3), "bias", "nothing")] {
             let error = weights.get(shape, name, Init::Zeros).unwrap_err().to_string();
             assert!(error.contains("a.safetensors") && error.contains(&format!("layer.{name}")), "{error}");

@@ -22,11 +22,8 @@ pub(crate) trait Real:
     fn of(value: f64) -> Self;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
-    fn sqrt(self) -> Self;
-    fn tanh(self) -> Self;
     fn erf(self) -> Self;
     fn max(self, other: Self) -> Self;
-    fn floor(self) -> Self;
 }
 
 macro_rules! real {
@@ -45,24 +42,12 @@ macro_rules! real {
                 <$type>::ln(self)
             }
             #[inline(always)]
-            fn sqrt(self) -> Self {
-                <$type>::sqrt(self)
-            }
-            #[inline(always)]
-            fn tanh(self) -> Self {
-                <$type>::tanh(self)
-            }
-            #[inline(always)]
             fn erf(self) -> Self {
                 $erf(self)
             }
             #[inline(always)]
             fn max(self, other: Self) -> Self {
                 <$type>::max(self, other)
-            }
-            #[inline(always)]
-            fn floor(self) -> Self {
-                <$type>::floor(self)
             }
         }
     };

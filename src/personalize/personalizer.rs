@@ -118,9 +118,10 @@ impl Personalizer {
         source: &str,
         tensors: &HashMap<String, Tensor>,
     ) -> Result<Self> {
-        let converted = tensors.iter().filter(|(_, tensor)| tensor.dtype().is_float()).map(|(name, tensor)| {
-            Ok((name.clone(), tensor.to_dtype(base.dtype)?.to_device(&base.device)?.detach()))
-        });
+        let converted = tensors
+            .iter()
+            .filter(|(_, tensor)| tensor.dtype().is_float())
+            .map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(base.dtype)?.to_device(&base.device)?.detach())));
         let weights = Weights::frozen(source, converted.collect::<Result<_>>()?);
         let encoder_config = encoder_config(resampler, config);
         let encoder = FaceEncoder::load(&encoder_config, &base.unet, &weights, &weights)?;
@@ -204,7 +205,7 @@ impl Personalizer {
             let prediction = self.predict(&conditions, &input, timestep, options)?;
             latents = sampler.step(&prediction, i, &latents, noise_address)?;
         }
-        Ok(base.decoder.decode(&latents)?)
+        base.decoder.decode(&latents)
     }
 
     /// The one-step preview (equation 3) of a picture noised to a timestep, as the lookahead loss sees it with the
@@ -288,8 +289,7 @@ impl Personalizer {
             _ => Loras::none(),
         };
         let run = |text: &Conditioning, image: &ImageTokens, reference: Option<KeyValues>| -> Result<Tensor> {
-            let pass =
-                Pass { loras: loras.clone(), reference, image_tokens: Some(image.clone()), ..Pass::default() };
+            let pass = Pass { loras: loras.clone(), reference, image_tokens: Some(image.clone()), ..Pass::default() };
             base.unet.forward(latents, &timesteps, text, &pass)
         };
         let (text, no_text) = (&conditions.text, &conditions.no_text);
@@ -306,8 +306,7 @@ impl Personalizer {
                 plain(&unconditional, &run(text, &conditions.image, None)?, no_kv + full)
             }
             (Guidance::ThreeTerm { no_kv, full, kv }, Some(reference)) => {
-                let no_text_reference =
-                    self.key_values(conditions, &conditions.no_encoder_text, timestep, options)?;
+                let no_text_reference = self.key_values(conditions, &conditions.no_encoder_text, timestep, options)?;
                 let predictions = Predictions {
                     unconditional: run(no_text, &conditions.no_image, None)?,
                     conditional: run(text, &conditions.image, None)?,

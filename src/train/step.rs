@@ -70,12 +70,8 @@ impl StepLosses<'_> {
         let conditioning_latents =
             base.latents(&batch.encoder_pixel_values, self.address("conditioning posterior", draw))?;
         let (size, channels, height, width) = target_latents.dims4()?;
-        let noise = self.address("noise", draw).normal_batch(
-            size,
-            (channels, height, width),
-            base.dtype,
-            &base.device,
-        )?;
+        let noise =
+            self.address("noise", draw).normal_batch(size, (channels, height, width), base.dtype, &base.device)?;
         let crop = &self.config.data;
         let place = |mut conditioning: Conditioning| {
             for ids in &mut conditioning.time_ids {
@@ -244,8 +240,7 @@ impl StepLosses<'_> {
         report.lora_scale = Some(lora_scale);
         let pass = self.pass(conditions, Loras::one(&base.lcm_lora, lora_scale));
         let noise_prediction = base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
-        let latents =
-            preview(&base.schedule, &conditions.noised, &noise_prediction, timesteps, config.preview_form)?;
+        let latents = preview(&base.schedule, &conditions.noised, &noise_prediction, timesteps, config.preview_form)?;
         let previews = base.preview_decoder.decode(&latents)?;
         let factor = if config.scale_loss_by_lora_scale { lora_scale } else { 1.0 };
         let mut total: Option<Tensor> = None;

@@ -195,8 +195,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Io`] naming what could not be written; earlier checkpoints are then as they were.
     pub fn save_checkpoint(&self) -> Result<PathBuf> {
-        let state =
-            Checkpoint::capture(self.step, &self.parameters, &self.optimizer, self.ema.as_ref(), &self.config)?;
+        let state = Checkpoint::capture(self.step, &self.parameters, &self.optimizer, self.ema.as_ref(), &self.config)?;
         state.save(&self.output, self.config.checkpointing.keep_last)
     }
 
@@ -212,8 +211,7 @@ impl Trainer {
     fn train_step_here(&mut self) -> Result<StepReport> {
         let step = self.step;
         let schedule = &self.config.optimizer;
-        let lr_factor =
-            schedule.lr_scheduler.factor(step, schedule.lr_warmup_steps, self.config.max_train_steps);
+        let lr_factor = schedule.lr_scheduler.factor(step, schedule.lr_warmup_steps, self.config.max_train_steps);
         let every = self.config.lookahead.every_k_steps;
         let lookahead = every > 0 && step.is_multiple_of(every);
         let accumulation = self.config.gradient_accumulation_steps as u64;
@@ -264,12 +262,7 @@ impl Trainer {
         self.finish_step(report, norms, lr_factor)
     }
 
-    fn finish_step(
-        &mut self,
-        losses: LossReport,
-        gradient_norms: Vec<f64>,
-        lr_factor: f64,
-    ) -> Result<StepReport> {
+    fn finish_step(&mut self, losses: LossReport, gradient_norms: Vec<f64>, lr_factor: f64) -> Result<StepReport> {
         if let Some(ema) = &mut self.ema {
             ema.update()?;
         }

@@ -98,7 +98,7 @@ impl Config {
             Err(Error::Config { source_name: "U-Net configuration".into(), field: field.into(), reason })
         };
         let levels = self.block_out_channels.len();
-        if levels < 2 || levels > 8 {
+        if !(2..=8).contains(&levels) {
             return wrong("block_out_channels", format!("expected 2 to 8 resolutions, found {levels}"));
         }
         for (field, length) in [
@@ -109,10 +109,8 @@ impl Config {
                 return wrong(field, format!("expected {levels} values, one a resolution, found {length}"));
             }
         }
-        for (channels, (heads, layers)) in self
-            .block_out_channels
-            .iter()
-            .zip(self.attention_heads.iter().zip(&self.transformer_layers_per_block))
+        for (channels, (heads, layers)) in
+            self.block_out_channels.iter().zip(self.attention_heads.iter().zip(&self.transformer_layers_per_block))
         {
             if *channels == 0 || *channels > 1 << 16 {
                 return wrong("block_out_channels", format!("expected 1 to 65536 channels, found {channels}"));

@@ -3,9 +3,9 @@
 use candle_core::Tensor;
 
 use super::Config;
+use crate::Result;
 use crate::nn::{Conv2d, GroupNorm, Linear, Loras, Weights};
 use crate::ops::{Activation, upsample_nearest_2x};
-use crate::Result;
 
 #[derive(Debug)]
 pub(super) struct Resnet {

@@ -68,11 +68,15 @@ impl<'a> Run<'a> {
 
     /// The transformer as a segment whose activations are recomputed: every tensor that may need a gradient goes in
     /// through the segment's inputs, and every recorded key and value comes out through its outputs.
-    fn recomputed(&self, transformer: &Arc<Transformer>, x: &Tensor, inputs: &[BlockInputs]) -> Result<TransformerOutput> {
+    fn recomputed(
+        &self,
+        transformer: &Arc<Transformer>,
+        x: &Tensor,
+        inputs: &[BlockInputs],
+    ) -> Result<TransformerOutput> {
         let pairs = |block: &BlockInputs| [block.reference.clone(), block.image.clone()];
         let present: Vec<[bool; 2]> = inputs.iter().map(|block| pairs(block).map(|pair| pair.is_some())).collect();
-        let flat: Vec<Tensor> =
-            inputs.iter().flat_map(pairs).flatten().flat_map(|(key, value)| [key, value]).collect();
+        let flat: Vec<Tensor> = inputs.iter().flat_map(pairs).flatten().flat_map(|(key, value)| [key, value]).collect();
         let all: Vec<&Tensor> = [x, self.text].into_iter().chain(&flat).collect();
         let (transformer, recording) = (transformer.clone(), self.recording.cloned());
         // The reference and the image keys and values come in as inputs, so the pass itself needs none of them.
@@ -176,8 +180,9 @@ impl Mid {
     pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
         let level = config.block_out_channels.len() - 1;
         let channels = config.block_out_channels[level];
-        let resnet =
-            |i: usize| Ok::<_, Error>(Arc::new(Resnet::load(config, channels, channels, &weights.pp("resnets").pp(i))?));
+        let resnet = |i: usize| {
+            Ok::<_, Error>(Arc::new(Resnet::load(config, channels, channels, &weights.pp("resnets").pp(i))?))
+        };
         let attention = Arc::new(Transformer::load(config, level, &weights.pp("attentions").pp(0))?);
         Ok(Mid { resnets: [resnet(0)?, resnet(1)?], attention })
     }

@@ -75,10 +75,12 @@ fn a_reference_changes_only_the_blocks_it_names() -> Result<()> {
     let all = record(vec![])?;
     assert_eq!(all.len(), 4);
     let middle = record(vec!["mid_block".into()])?;
-    assert_eq!(middle.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["mid_block.attentions.0.transformer_blocks.0"]);
-    let run = |reference: Option<KeyValues>| {
-        unet.forward(&latents, &[20], &text, &Pass { reference, ..Pass::default() })
-    };
+    assert_eq!(
+        middle.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+        ["mid_block.attentions.0.transformer_blocks.0"]
+    );
+    let run =
+        |reference: Option<KeyValues>| unet.forward(&latents, &[20], &text, &Pass { reference, ..Pass::default() });
     let (plain, restricted, extended) = (run(None)?, run(Some(middle))?, run(Some(all))?);
     assert!(distance(&plain, &restricted)? > 1e-6);
     assert!(distance(&restricted, &extended)? > 1e-6);
@@ -113,9 +115,8 @@ fn a_lora_counts_with_its_scale_on_linear_layers_and_convolutions() -> Result<()
     let weights = Weights::trainable(&parameters, 2, DType::F64, &Device::Cpu);
     let lora = LoraSet::load(&layers, 2, &weights)?;
     let (latents, text) = (normal("latents", &[1, 4, 4, 4])?, conditioning(unet.config(), 1)?);
-    let run = |scale: f64| {
-        unet.forward(&latents, &[20], &text, &Pass { loras: Loras::one(&lora, scale), ..Pass::default() })
-    };
+    let run =
+        |scale: f64| unet.forward(&latents, &[20], &text, &Pass { loras: Loras::one(&lora, scale), ..Pass::default() });
     let plain = unet.forward(&latents, &[20], &text, &Pass::default())?;
     assert_eq!(distance(&plain, &run(1.0)?)?, 0.0, "a fresh LoRA changes nothing");
     for (name, variable) in parameters.all() {
@@ -148,9 +149,11 @@ fn samples_of_a_batch_do_not_see_each_other() -> Result<()> {
 fn wrong_sizes_are_named() -> Result<()> {
     let unet = frozen(&tiny())?;
     let text = conditioning(unet.config(), 1)?;
-    for (shape, timesteps, expected) in
-        [([1, 4, 5, 4], vec![1], "divisible by 2"), ([1, 3, 4, 4], vec![1], "(batch, 4"), ([1, 4, 4, 4], vec![], "one a sample")]
-    {
+    for (shape, timesteps, expected) in [
+        ([1, 4, 5, 4], vec![1], "divisible by 2"),
+        ([1, 3, 4, 4], vec![1], "(batch, 4"),
+        ([1, 4, 4, 4], vec![], "one a sample"),
+    ] {
         let error = unet.forward(&normal("x", &shape)?, &timesteps, &text, &Pass::default()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }

@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 
-use super::pass::{Pass, Recording};
 use super::Config;
+use super::pass::{Pass, Recording};
+use crate::Result;
 use crate::nn::{GroupNorm, LayerNorm, Linear, Loras, Weights};
 use crate::ops::{self, Mask};
-use crate::Result;
 
 /// One attention layer's projections.
 #[derive(Debug)]
