@@ -105,8 +105,7 @@ pub fn tiny_base(dtype: DType, face: Option<Landmarks>) -> Result<Base> {
         ..clip_vision::Config::mini()
     };
     let vision = frozen(5, dtype, |weights| ClipVision::load(&vision_config, weights))?;
-    let identity_config =
-        mini_identity::Config { crop_size: 8, widths: vec![4, 8], group_width: 4, dimension: 8 };
+    let identity_config = mini_identity::Config { crop_size: 8, widths: vec![4, 8], group_width: 4, dimension: 8 };
     let identity = frozen(6, dtype, |weights| MiniIdentity::load(&identity_config, weights))?;
     Ok(Base {
         unet,
