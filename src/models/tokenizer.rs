@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 use crate::{Error, Result};
 
 /// Tokens of a prompt of the miniature, start and end included.
-pub const MINI_LENGTH: usize = 24;
+pub const MINI_LENGTH: usize = 32;
 /// The miniature's end-of-text token; also its padding.
 pub const MINI_END: u32 = 1;
 const MINI_START: u32 = 0;
