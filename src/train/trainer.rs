@@ -164,7 +164,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`] where the folder holds no whole checkpoint, [`Error::Tensor`] where it belongs
-    /// to another configuration, [`Error::Dataset`] where newer checkpoints of this run would be mixed with the new ones.
+    /// to another configuration, [`Error::Training`] where newer checkpoints of this run would be mixed with the new ones.
     pub fn resume_from(&mut self, folder: impl AsRef<Path>) -> Result<()> {
         let loaded = Checkpoint::load(&folder)?;
         if let Some((newest, path)) = checkpoint::list(&self.output).unwrap_or_default().pop()

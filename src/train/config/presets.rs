@@ -116,7 +116,7 @@ impl TrainConfig {
         config.adapter.kv_lora_rank = 4;
         config.lookahead.batch_size = 4;
         config.lookahead.identity_weight = 0.1;
-        config.checkpointing.every_n_steps = 100;
+        config.checkpointing.every_n_steps = 10;
         config.validation.every_n_steps = 100;
         config.validation.prompts =
             ["an oil painting of a face", "a photo of a face in a forest"].map(String::from).to_vec();
