@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::config::UpdateMode;
-use super::step::{LossReport, StepLosses};
+use super::step::{LossReport, Prepared, StepLosses};
 use super::validation::Validation;
 use super::{AdamW, AdamWConfig, Checkpoint, Ema, Gradients, MetricsWriter, ParameterGroup, Progress, TrainConfig};
 use super::{checkpoint, config};
@@ -214,60 +214,85 @@ impl Trainer {
         let lr_factor = schedule.lr_scheduler.factor(step, schedule.lr_warmup_steps, self.config.max_train_steps);
         let every = self.config.lookahead.every_k_steps;
         let lookahead = every > 0 && step.is_multiple_of(every);
-        let accumulation = self.config.gradient_accumulation_steps as u64;
-
+        let batches = self.prepare(step)?;
         let mut report = LossReport::default();
-        let (mut first, mut second) = (Gradients::new(), Gradients::new());
-        for draw in step * accumulation..(step + 1) * accumulation {
-            let batch = self.dataset.batch(
-                self.config.seed,
-                draw,
-                0,
-                1,
-                self.config.train_batch_size,
-                &candle_core::Device::Cpu,
-            )?;
-            let losses = self.losses();
-            let prepared = losses.prepare(&batch, draw)?;
-            let mut part = LossReport::default();
-            match self.config.update_mode {
-                UpdateMode::Joint => {
-                    let loss = losses.joint(&prepared, step, draw, lookahead, &mut part)?;
-                    first.accumulate(self.gradients(&loss, step)?)?;
-                }
-                UpdateMode::Alternating => {
-                    let loss = losses.diffusion(&prepared, draw, &mut part)?;
-                    first.accumulate(self.gradients(&loss, step)?)?;
-                    if lookahead && accumulation > 1 {
-                        self.lookahead_gradients(&prepared, step, draw, &mut part, &mut second)?;
-                    }
+        let mut gradient_norms = Vec::new();
+        match self.config.update_mode {
+            UpdateMode::Joint => {
+                let gradients = self.accumulate(&batches, &mut report, |losses, prepared, draw, part| {
+                    losses.joint(prepared, step, draw, lookahead, part).map(Some)
+                })?;
+                gradient_norms.extend(self.update(gradients, lr_factor)?);
+            }
+            // The second update sees the parameters as the first one left them (official code).
+            UpdateMode::Alternating => {
+                let gradients = self.accumulate(&batches, &mut report, |losses, prepared, draw, part| {
+                    losses.diffusion(prepared, draw, part).map(Some)
+                })?;
+                gradient_norms.extend(self.update(gradients, lr_factor)?);
+                if lookahead {
+                    let gradients = self.accumulate(&batches, &mut report, |losses, prepared, draw, part| {
+                        losses.lookahead(prepared, step, draw, part)
+                    })?;
+                    gradient_norms.extend(self.update(gradients, lr_factor)?);
                 }
             }
-            if lookahead && self.config.update_mode == UpdateMode::Alternating && accumulation == 1 {
-                // The second update sees the parameters after the first (official code).
-                let mut norms = vec![self.update(std::mem::take(&mut first), 1, lr_factor, step)?];
-                self.lookahead_gradients(&prepared, step, draw, &mut part, &mut second)?;
-                if !second.is_empty() {
-                    norms.push(self.update(std::mem::take(&mut second), 1, lr_factor, step)?);
-                }
-                report.add(part, 1);
-                return self.finish_step(report, norms, lr_factor);
-            }
-            report.add(part, accumulation);
         }
-        let mut norms = vec![self.update(first, accumulation, lr_factor, step)?];
-        if !second.is_empty() {
-            norms.push(self.update(second, accumulation, lr_factor, step)?);
-        }
-        self.finish_step(report, norms, lr_factor)
-    }
-
-    fn finish_step(&mut self, losses: LossReport, gradient_norms: Vec<f64>, lr_factor: f64) -> Result<StepReport> {
         if let Some(ema) = &mut self.ema {
             ema.update()?;
         }
         self.step += 1;
-        Ok(StepReport { step: self.step - 1, losses, gradient_norms, lr_factor })
+        Ok(StepReport { step, losses: report, gradient_norms, lr_factor })
+    }
+
+    /// The batches of a step, one for each part of the gradient accumulation, with their numbers in the run.
+    fn prepare(&self, step: u64) -> Result<Vec<(u64, Prepared)>> {
+        let (seed, size) = (self.config.seed, self.config.train_batch_size);
+        let accumulation = self.config.gradient_accumulation_steps as u64;
+        (step * accumulation..(step + 1) * accumulation)
+            .map(|draw| {
+                let batch = self.dataset.batch(seed, draw, 0, 1, size, &Device::Cpu)?;
+                Ok((draw, self.losses().prepare(&batch, draw)?))
+            })
+            .collect()
+    }
+
+    /// The mean gradient of a loss over the batches of a step; empty where the loss counted nothing.
+    fn accumulate(
+        &self,
+        batches: &[(u64, Prepared)],
+        report: &mut LossReport,
+        loss: impl Fn(&StepLosses<'_>, &Prepared, u64, &mut LossReport) -> Result<Option<Tensor>>,
+    ) -> Result<Gradients> {
+        let mut gradients = Gradients::new();
+        for (draw, prepared) in batches {
+            let mut part = LossReport::default();
+            if let Some(loss) = loss(&self.losses(), prepared, *draw, &mut part)? {
+                let value = loss.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                if !value.is_finite() {
+                    return Err(Error::Training { step: self.step, reason: format!("the loss is {value}") });
+                }
+                gradients.accumulate(Gradients::extract(&loss.backward()?, &self.trained))?;
+            }
+            report.add(part, batches.len() as u64);
+        }
+        if batches.len() > 1 {
+            gradients.scale(1.0 / batches.len() as f64)?;
+        }
+        Ok(gradients)
+    }
+
+    /// One update of the parameters; returns the norm of the gradient before clipping. Without gradients, no update.
+    fn update(&mut self, mut gradients: Gradients, lr_factor: f64) -> Result<Option<f64>> {
+        if gradients.is_empty() {
+            return Ok(None);
+        }
+        let norm = gradients.clip(self.config.optimizer.max_grad_norm)?;
+        if !norm.is_finite() {
+            return Err(Error::Training { step: self.step, reason: format!("the norm of the gradient is {norm}") });
+        }
+        self.optimizer.step(&gradients, lr_factor)?;
+        Ok(Some(norm))
     }
 
     fn losses(&self) -> StepLosses<'_> {
@@ -281,42 +306,8 @@ impl Trainer {
         }
     }
 
-    fn lookahead_gradients(
-        &self,
-        prepared: &super::step::Prepared,
-        step: u64,
-        draw: u64,
-        report: &mut LossReport,
-        gradients: &mut Gradients,
-    ) -> Result<()> {
-        if let Some(loss) = self.losses().lookahead(prepared, step, draw, report)? {
-            gradients.accumulate(self.gradients(&loss, step)?)?;
-        }
-        Ok(())
-    }
-
-    fn gradients(&self, loss: &Tensor, step: u64) -> Result<Gradients> {
-        let value = loss.detach().to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
-        if !value.is_finite() {
-            return Err(Error::Training { step, reason: format!("the loss is {value}") });
-        }
-        Ok(Gradients::extract(&loss.backward()?, &self.trained))
-    }
-
-    fn update(&mut self, mut gradients: Gradients, batches: u64, lr_factor: f64, step: u64) -> Result<f64> {
-        if batches > 1 {
-            gradients.scale(1.0 / batches as f64)?;
-        }
-        let norm = gradients.clip(self.config.optimizer.max_grad_norm)?;
-        if !norm.is_finite() {
-            return Err(Error::Training { step, reason: format!("the norm of the gradient is {norm}") });
-        }
-        self.optimizer.step(&gradients, lr_factor)?;
-        Ok(norm)
-    }
-
-    /// A personalizer with the present parameters (their moving average, where there is one): a frozen copy of nothing,
-    /// for it shares their memory.
+    /// A personalizer with the present parameters (their moving average, where there is one): frozen, and sharing
+    /// their memory.
     ///
     /// # Errors
     /// Where memory is out.

@@ -56,10 +56,10 @@ impl Config {
         Config {
             in_channels: 4,
             out_channels: 4,
-            block_out_channels: vec![32, 64, 96],
+            block_out_channels: vec![32, 64, 80],
             layers_per_block: 1,
             transformer_layers_per_block: vec![0, 1, 2],
-            attention_heads: vec![1, 4, 6],
+            attention_heads: vec![1, 4, 5],
             cross_attention_dim: 64,
             norm_num_groups: 8,
             norm_eps: 1e-5,

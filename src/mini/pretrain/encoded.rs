@@ -1,0 +1,165 @@
+//! Portraits as the denoiser sees them: encoded once, by the frozen networks.
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::Tensor;
+use rand::Rng;
+
+use super::files::load_stages;
+use super::pool::{Photo, TRAINING_IDENTITIES, draw_pool, images};
+use super::training::{MicroBatch, Options};
+use super::workers::Workers;
+use crate::Result;
+use crate::mini::MiniConfig;
+use crate::models::clip_text::TextEmbeddings;
+use crate::models::clip_vision::ClipVision;
+use crate::models::roles::{ImageEncoder, TextEncoder, TokenizedClipText};
+use crate::models::taesd::Taesd;
+use crate::models::unet::Conditioning;
+use crate::random::Address;
+use crate::schedule::NoiseSchedule;
+
+/// Portraits of each person.
+pub(super) const PER_IDENTITY: usize = 4;
+
+/// The networks that encode.
+pub(super) struct Encoders {
+    pub autoencoder: Taesd,
+    pub text: TokenizedClipText,
+    pub vision: ClipVision,
+}
+
+impl Encoders {
+    /// From the stages' files in a folder.
+    pub fn load(folder: &Path) -> Result<Self> {
+        let (weights, config) = (load_stages(folder, &["autoencoder", "clip"])?, MiniConfig::mini());
+        Ok(Encoders {
+            autoencoder: config.load_autoencoder(&weights)?,
+            text: config.load_text_encoder(&weights)?,
+            vision: config.load_image_encoder(&weights)?,
+        })
+    }
+
+    /// The conditioning of some prompts.
+    pub fn conditioning(&self, prompts: &[String]) -> Result<Conditioning> {
+        let text = self.text.encode(prompts)?;
+        Ok(Conditioning::square(text.hidden_states.detach(), text.pooled.detach(), MiniConfig::mini().resolution))
+    }
+}
+
+/// A pool of portraits with latents, text embeddings of both captions, and, where asked for, image features.
+pub(super) struct Encoded {
+    pub photos: Vec<Photo>,
+    /// `(portraits, 4, 32, 32)`
+    latents: Tensor,
+    /// Of the compressed and of the described captions.
+    texts: [TextEmbeddings; 2],
+    /// `(portraits, patches + 1, width)`
+    features: Option<Tensor>,
+}
+
+/// Which captions a stage trains with.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Captions {
+    Compressed,
+    Both,
+}
+
+/// A noised micro-batch.
+pub(super) struct Noised {
+    pub portraits: Vec<usize>,
+    pub noise: Tensor,
+    pub timesteps: Vec<usize>,
+    pub noisy: Tensor,
+    pub conditioning: Conditioning,
+}
+
+impl Encoded {
+    /// Draws and encodes the pool.
+    pub fn draw(workers: &Workers, options: &Options, encoders: &Encoders, features: bool) -> Result<Self> {
+        let size = MiniConfig::mini().resolution;
+        let photos = draw_pool(workers, options.pool, PER_IDENTITY, TRAINING_IDENTITIES, options.seed ^ 5, size)?;
+        let began = Instant::now();
+        let pieces = workers.map(photos.len(), 8, |range: Range<usize>| {
+            let photos = &photos[range];
+            let pictures = images(photos)?;
+            let text = |caption: fn(&Photo) -> String| -> Result<TextEmbeddings> {
+                let text = encoders.text.encode(&photos.iter().map(caption).collect::<Vec<_>>())?;
+                Ok(TextEmbeddings { hidden_states: text.hidden_states.detach(), pooled: text.pooled.detach() })
+            };
+            Ok((
+                encoders.autoencoder.encode(&pictures)?.detach(),
+                [text(|photo| photo.portrait.prompt())?, text(|photo| photo.portrait.described_prompt())?],
+                if features { Some(encoders.vision.features(&pictures)?.detach()) } else { None },
+            ))
+        })?;
+        let text = |which: usize| -> Result<TextEmbeddings> {
+            let texts = pieces.iter().map(|(_, texts, _)| &texts[which]);
+            Ok(TextEmbeddings {
+                hidden_states: Tensor::cat(&texts.clone().map(|text| &text.hidden_states).collect::<Vec<_>>(), 0)?,
+                pooled: Tensor::cat(&texts.map(|text| &text.pooled).collect::<Vec<_>>(), 0)?,
+            })
+        };
+        let latents = Tensor::cat(&pieces.iter().map(|(latents, ..)| latents).collect::<Vec<_>>(), 0)?;
+        let all_features: Vec<&Tensor> = pieces.iter().filter_map(|(.., features)| features.as_ref()).collect();
+        let features = if features { Some(Tensor::cat(&all_features, 0)?) } else { None };
+        println!("{} portraits encoded in {:.1} s", photos.len(), began.elapsed().as_secs_f64());
+        Ok(Encoded { latents, texts: [text(0)?, text(1)?], features, photos })
+    }
+
+    /// The latents of some portraits.
+    pub fn latents(&self, portraits: &[usize]) -> Result<Tensor> {
+        select(&self.latents, portraits)
+    }
+
+    /// The image features of some portraits; `None` where the pool was drawn without.
+    pub fn features(&self, portraits: &[usize]) -> Result<Option<Tensor>> {
+        self.features.as_ref().map(|features| select(features, portraits)).transpose()
+    }
+
+    /// Random portraits with their captions, a tenth of them without text.
+    pub fn batch(&self, micro: &MicroBatch, captions: Captions) -> Result<(Vec<usize>, Tensor, Conditioning)> {
+        let portraits = micro.each("portrait", |address| address.rng().random_range(0..self.photos.len()));
+        let described = micro.each("caption", |address| captions == Captions::Both && address.uniform() < 0.5);
+        let keep = micro.each("text", |address| if address.uniform() < 0.1 { 0f32 } else { 1.0 });
+        let pick = |of: fn(&TextEmbeddings) -> &Tensor| -> Result<Tensor> {
+            let rows = portraits.iter().zip(&described).zip(&keep).map(|((portrait, described), keep)| {
+                of(&self.texts[usize::from(*described)]).get(*portrait)?.affine(f64::from(*keep), 0.0)
+            });
+            Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+        };
+        let conditioning =
+            Conditioning::square(pick(|text| &text.hidden_states)?, pick(|text| &text.pooled)?, MiniConfig::mini().resolution);
+        Ok((portraits.clone(), self.latents(&portraits)?, conditioning))
+    }
+
+    /// Random portraits, noised to random timesteps.
+    pub fn noised(&self, micro: &MicroBatch, schedule: &NoiseSchedule, captions: Captions) -> Result<Noised> {
+        let (portraits, latents, conditioning) = self.batch(micro, captions)?;
+        let count = schedule.timestep_count();
+        let timesteps = micro.each("timestep", |address: Address| address.rng().random_range(0..count));
+        let noise = micro.noise("noise", &latents.dims()[1..])?;
+        let noisy = schedule.add_noise(&latents, &noise, &timesteps)?;
+        Ok(Noised { portraits, noise, timesteps, noisy, conditioning })
+    }
+}
+
+fn select(tensor: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+    let count = rows.len();
+    Ok(tensor.index_select(&Tensor::from_vec(rows, count, tensor.device())?, 0)?)
+}
+
+/// The mean squared error of a noise prediction, each sample weighted by min(SNR, 5) / SNR (Hang et al. 2023), which
+/// turns the effort to the timesteps that decide what the picture shows.
+pub(super) fn noise_loss(prediction: &Tensor, batch: &Noised, schedule: &NoiseSchedule) -> Result<Tensor> {
+    let errors = (prediction - &batch.noise)?.sqr()?.mean((1, 2, 3))?;
+    let weights = batch.timesteps.iter().map(|t| {
+        let snr = schedule.sigma(*t)?.powi(-2);
+        Ok((snr.min(5.0) / snr) as f32)
+    });
+    let weights = Tensor::from_vec(weights.collect::<Result<Vec<f32>>>()?, batch.timesteps.len(), errors.device())?;
+    Ok((errors * weights)?.mean_all()?)
+}

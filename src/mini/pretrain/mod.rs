@@ -1,0 +1,35 @@
+//! How the miniature's networks are trained, from nothing but procedural portraits.
+//!
+//! One function a stage; each writes `<out>/<stage>.safetensors` and can be interrupted and gone on with. The order:
+//! [`autoencoder`], [`clip`], [`identity`] and [`face_locator`] need nothing, [`denoiser`] needs the first two,
+//! [`lcm`] and [`adapter`] need the denoiser. [`bundle`] makes one file of all, [`init`] makes files of random weights.
+//! `examples/pretrain_mini.rs` is the command line.
+//!
+//! Training sees only identities of [`TRAINING_IDENTITIES`]; those from [`HELD_OUT_FROM`] on are for evaluation.
+
+mod adapter;
+mod autoencoder;
+mod bundle;
+mod clip;
+mod denoiser;
+mod encoded;
+mod face_locator;
+mod files;
+mod identity;
+mod lcm;
+mod pool;
+mod sampling;
+mod training;
+mod workers;
+
+pub use adapter::adapter;
+pub use autoencoder::autoencoder;
+pub use bundle::{bundle, init};
+pub use clip::clip;
+pub use denoiser::denoiser;
+pub use face_locator::face_locator;
+pub use identity::identity;
+pub use lcm::lcm;
+pub use pool::{HELD_OUT_FROM, Photo, TRAINING_IDENTITIES, draw_pool, images, training_portrait};
+pub use training::{Losses, MicroBatch, Options, Recipe, train};
+pub use workers::Workers;
