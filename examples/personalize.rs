@@ -121,7 +121,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let path = arguments.out.join("contact-sheet.png");
     save_png(&sheet, &path)?;
     let seconds = start.elapsed().as_secs_f64();
-    println!("{} pictures in {seconds:.1} s. All on one sheet: {}", prompts.len(), path.display());
+    let count = if prompts.len() == 1 { "1 picture".to_string() } else { format!("{} pictures", prompts.len()) };
+    println!("{count} in {seconds:.1} s. All on one sheet: {}", path.display());
     Ok(())
 }
 
