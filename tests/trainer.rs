@@ -144,32 +144,6 @@ fn a_resolution_that_is_not_the_bases_is_refused() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn both_losses_fall_when_two_pictures_are_learnt_by_heart() -> Result<()> {
-    let folder = tempfile::tempdir().unwrap();
-    let mut config = tiny_config();
-    config.optimizer.learning_rate = 3e-3;
-    config.optimizer.adapter_lr = 3e-3;
-    config.lookahead.identity_weight = 1.0;
-    config.dropout.adapter_drop_chance = 0.0;
-    let dataset = portraits(&folder.path().join("data"), 1, 2)?;
-    let base = tiny_base(DType::F32, Some(FACE))?;
-    let mut trainer = Trainer::new(base, &tiny_adapter(), dataset, config, folder.path().join("run"))?;
-    let mut reports = Vec::new();
-    for _ in 0..150 {
-        reports.push(trainer.train_step()?.losses);
-    }
-    let mean = |part: &[LossReport], of: fn(&LossReport) -> f64| part.iter().map(of).sum::<f64>() / part.len() as f64;
-    let diffusion = |report: &LossReport| report.diffusion.unwrap();
-    let identity = |report: &LossReport| report.lookahead[0].1;
-    let (first, last) = (&reports[..30], &reports[120..]);
-    for (name, of) in [("diffusion", diffusion as fn(&LossReport) -> f64), ("identity", identity)] {
-        let (before, after) = (mean(first, of), mean(last, of));
-        assert!(after < 0.9 * before, "the {name} loss went from {before} to {after}");
-    }
-    Ok(())
-}
-
 /// A whole step of the method in f64, whose every parameter is a random number.
 struct Step {
     parameters: Parameters,

@@ -106,7 +106,12 @@ impl MiniConfig {
                 projection_dim: 16,
                 ..mini.image_encoder
             },
-            identity_network: mini_identity::Config { crop_size: 16, widths: vec![8, 8, 8], group_width: 4, dimension: 16 },
+            identity_network: mini_identity::Config {
+                crop_size: 16,
+                widths: vec![8, 8, 8],
+                group_width: 4,
+                dimension: 16,
+            },
             face_locator: mini_face_locator::Config { size: 16, widths: vec![8, 8], group_width: 4, hidden: 16 },
             resampler: resampler::Config {
                 dim: 16,

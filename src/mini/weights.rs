@@ -56,7 +56,8 @@ pub fn adapter_tensors() -> Result<HashMap<String, Tensor>> {
         reason: format!("not a whole safetensors file: {error}"),
     };
     let tensors = candle_core::safetensors::load_buffer(FILE, &Device::Cpu).map_err(format)?;
-    let adapter = tensors.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(ADAPTER)?.to_string(), tensor)));
+    let adapter =
+        tensors.into_iter().filter_map(|(name, tensor)| Some((name.strip_prefix(ADAPTER)?.to_string(), tensor)));
     adapter.map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?))).collect()
 }
 
@@ -146,10 +147,8 @@ mod tests {
             assert_eq!((latents.dims(), latents.dtype()), (&[1, 4, 8, 8][..], dtype));
             let conditioning = base.conditioning(&["a mosaic of a face".into()])?;
             let plain = base.unet.forward(&latents, &[500], &conditioning, &Default::default())?;
-            let pass = crate::models::unet::Pass {
-                loras: crate::nn::Loras::one(&base.lcm_lora, 1.0),
-                ..Default::default()
-            };
+            let pass =
+                crate::models::unet::Pass { loras: crate::nn::Loras::one(&base.lcm_lora, 1.0), ..Default::default() };
             let adapted = base.unet.forward(&latents, &[500], &conditioning, &pass)?;
             let difference = (plain - adapted)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             assert!(difference > 1e-6, "{difference}");

@@ -245,6 +245,24 @@ impl Trainer {
         Ok(StepReport { step, losses: report, gradient_norms, lr_factor })
     }
 
+    /// The losses that the iteration `step` would see with the present parameters; nothing is updated. The same step
+    /// gives the same pictures, timesteps and noise, so values before and after training can be compared.
+    ///
+    /// # Errors
+    /// As [`Trainer::train_step`].
+    pub fn evaluate(&self, step: u64) -> Result<LossReport> {
+        with_large_stack(|| {
+            let batches = self.prepare(step)?;
+            let mut report = LossReport::default();
+            for (draw, prepared) in &batches {
+                let mut part = LossReport::default();
+                self.losses().joint(prepared, step, *draw, true, &mut part)?;
+                report.add(part, batches.len() as u64);
+            }
+            Ok(report)
+        })
+    }
+
     /// The batches of a step, one for each part of the gradient accumulation, with their numbers in the run.
     fn prepare(&self, step: u64) -> Result<Vec<(u64, Prepared)>> {
         let (seed, size) = (self.config.seed, self.config.train_batch_size);

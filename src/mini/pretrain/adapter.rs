@@ -94,7 +94,12 @@ fn samples(
     pool: &Encoded,
     null_features: &Tensor,
 ) -> Result<()> {
-    let prompts = ["a photo of a face", "a photo of a face in a forest", "an oil painting of a face", "a pop art print of a face"];
+    let prompts = [
+        "a photo of a face",
+        "a photo of a face in a forest",
+        "an oil painting of a face",
+        "a pop art print of a face",
+    ];
     let people = 8.min(pool.photos.len() / PER_IDENTITY);
     let pictures = workers.map(people * prompts.len(), 1, |range| {
         let (person, prompt) = (range.start % people, prompts[range.start / people]);

@@ -9,11 +9,11 @@ use super::files::{load_tensors, save_tensors};
 use super::pool::{Photo, TRAINING_IDENTITIES, draw_pool, images};
 use super::training::{Losses, MicroBatch, Options, Recipe, train};
 use super::workers::Workers;
+use crate::Result;
 use crate::data::{from_tensor, save_png, to_tensor};
 use crate::mini::MiniConfig;
 use crate::models::taesd::{Config, Taesd};
 use crate::nn::{Parameters, Weights};
-use crate::Result;
 use crate::train::ContactSheet;
 
 /// Side of the squares that are cut out of the pictures: small ones give more different updates in the same time.

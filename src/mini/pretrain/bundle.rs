@@ -6,9 +6,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::files::{load_tensors, save_tensors};
+use crate::Result;
 use crate::mini::{MiniConfig, random_weights};
 use crate::nn::Weights;
-use crate::Result;
 
 /// Which stage trains which networks.
 const STAGES: [(&str, &[&str]); 7] = [

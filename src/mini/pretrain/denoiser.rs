@@ -50,5 +50,8 @@ pub fn denoiser(options: &Options) -> Result<()> {
         let prompt = [PROMPTS[range.start % PROMPTS.len()].to_string()];
         sample(&unet, &encoders, &prompt, None, 3.0, range.start)
     })?;
-    save_png(&sheet_of(&pictures.into_iter().flatten().collect::<Vec<_>>(), PROMPTS.len())?, options.out.join("denoiser.png"))
+    save_png(
+        &sheet_of(&pictures.into_iter().flatten().collect::<Vec<_>>(), PROMPTS.len())?,
+        options.out.join("denoiser.png"),
+    )
 }

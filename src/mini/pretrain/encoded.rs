@@ -130,8 +130,11 @@ impl Encoded {
             });
             Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
         };
-        let conditioning =
-            Conditioning::square(pick(|text| &text.hidden_states)?, pick(|text| &text.pooled)?, MiniConfig::mini().resolution);
+        let conditioning = Conditioning::square(
+            pick(|text| &text.hidden_states)?,
+            pick(|text| &text.pooled)?,
+            MiniConfig::mini().resolution,
+        );
         Ok((portraits.clone(), self.latents(&portraits)?, conditioning))
     }
 

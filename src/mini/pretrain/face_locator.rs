@@ -66,7 +66,8 @@ fn loss(network: &MiniFaceLocator, photos: &[Photo], micro: &MicroBatch) -> Resu
     let difference = (prediction.landmarks - targets)?.broadcast_mul(&present.reshape((count, 1, 1))?)?;
     // Pseudo-Huber, quadratic below about one pixel.
     let scale = 1.0 / SIDE as f64;
-    let smooth = ((((&difference * (1.0 / scale))?.sqr()? + 1.0)?.sqrt()? - 1.0)?.sum_all()? / f64::from(10.0 * faces))?;
+    let smooth =
+        ((((&difference * (1.0 / scale))?.sqr()? + 1.0)?.sqrt()? - 1.0)?.sum_all()? / f64::from(10.0 * faces))?;
     let pixels = difference.sqr()?.sum(D::Minus1)?.sqrt()?.sum_all()?.to_scalar::<f32>()? / (5.0 * faces) * SIDE as f32;
 
     // log(1 + exp(-|x|)) + max(x, 0) - x y
@@ -115,7 +116,8 @@ fn sample(photos: &[Photo], address: Address) -> Result<(Tensor, Option<Landmark
     if !face && rng.random_bool(0.3) {
         // Something that is no picture at all: smooth noise.
         let side = 1 << rng.random_range(1..7);
-        let noise = address.sample(address.sample as usize + (1 << 20)).normal((1, side, side, 3), DType::F32, &Device::Cpu)?;
+        let noise =
+            address.sample(address.sample as usize + (1 << 20)).normal((1, side, side, 3), DType::F32, &Device::Cpu)?;
         let noise = (ops::resize_bilinear(&noise, SIDE, SIDE, false)? * 0.6)?.clamp(-1f32, 1f32)?;
         return Ok((noise.permute((0, 3, 1, 2))?.contiguous()?, None));
     }
@@ -134,9 +136,11 @@ fn degrade(picture: &Tensor, rng: &mut ChaCha8Rng, address: Address) -> Result<T
     if rng.random_bool(0.5) {
         let strength = rng.random_range(0.0..0.3);
         let grain = 1 << rng.random_range(0..3);
-        let noise = address
-            .sample(address.sample as usize + (1 << 21))
-            .normal((1, SIDE / grain, SIDE / grain, 3), DType::F32, &Device::Cpu)?;
+        let noise = address.sample(address.sample as usize + (1 << 21)).normal(
+            (1, SIDE / grain, SIDE / grain, 3),
+            DType::F32,
+            &Device::Cpu,
+        )?;
         new = (new + (ops::resize_bilinear(&noise, SIDE, SIDE, false)? * strength)?)?;
     }
     if rng.random_bool(0.5) {

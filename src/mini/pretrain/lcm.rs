@@ -36,8 +36,7 @@ pub fn lcm(options: &Options) -> Result<()> {
     let pool = Encoded::draw(&workers, options, &encoders, false)?;
     let unet = config.load_unet(&load_stages(&options.out, &["denoiser"])?)?;
     let (parameters, averages) = (Parameters::new(), Parameters::new());
-    let trainable =
-        |parameters: &Parameters| Weights::trainable(parameters, options.seed, DType::F32, &Device::Cpu);
+    let trainable = |parameters: &Parameters| Weights::trainable(parameters, options.seed, DType::F32, &Device::Cpu);
     let student = config.load_lcm_lora(&trainable(&parameters))?;
     let target = config.load_lcm_lora(&trainable(&averages))?;
     let recipe = Recipe {
@@ -125,7 +124,8 @@ fn previews(
     let mut pictures = Vec::new();
     for (name, loras) in [("ddpm", Loras::none()), ("lcm", Loras::one(lora, 1.0))] {
         let pass = Pass { loras, ..Pass::default() };
-        let clean = schedule.predict_x0(&noisy, &unet.forward(&noisy, &timesteps, &text, &pass)?.detach(), &timesteps)?;
+        let clean =
+            schedule.predict_x0(&noisy, &unet.forward(&noisy, &timesteps, &text, &pass)?.detach(), &timesteps)?;
         pictures.extend(decoded(encoders, &clean, &vec![format!("{name} {timestep}"); portraits.len()])?);
     }
     Ok(pictures)

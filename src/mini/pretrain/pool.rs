@@ -73,8 +73,12 @@ pub fn draw_pool(
                 let (person, address) = (index / per_identity.max(1), Address::new(seed, "pretraining portrait"));
                 let identity = match identities.end - identities.start {
                     // Where there are as many people as the pool can hold, each has a place.
-                    all if all as usize <= count.div_ceil(per_identity.max(1)) => identities.start + person as u64 % all,
-                    _ => Address::new(seed, "pretraining identity").sample(person).rng().random_range(identities.clone()),
+                    all if all as usize <= count.div_ceil(per_identity.max(1)) => {
+                        identities.start + person as u64 % all
+                    }
+                    _ => {
+                        Address::new(seed, "pretraining identity").sample(person).rng().random_range(identities.clone())
+                    }
                 };
                 let portrait = training_portrait(identity, address.sample(index))?;
                 let drawn = portrait.render(size as u32);
@@ -106,7 +110,9 @@ mod tests {
         let workers = Workers::new(2)?;
         let photos = draw_pool(&workers, 12, 3, TRAINING_IDENTITIES, 5, 16)?;
         assert!(photos.iter().all(|photo| TRAINING_IDENTITIES.contains(&photo.portrait.identity.seed)));
-        assert!(photos.chunks(3).all(|same| same.iter().all(|photo| photo.portrait.identity == same[0].portrait.identity)));
+        assert!(
+            photos.chunks(3).all(|same| same.iter().all(|photo| photo.portrait.identity == same[0].portrait.identity))
+        );
         assert!(TRAINING_IDENTITIES.end <= HELD_OUT_FROM);
         Ok(())
     }
