@@ -1,5 +1,7 @@
 //! Writes a data set of procedural portraits that `train` can learn from.
 
+mod support;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
@@ -33,7 +35,7 @@ struct Arguments {
     force: bool,
 }
 
-fn run(arguments: Arguments) -> lcm_lookahead::Result<()> {
+fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = GenerateConfig {
         out: arguments.out,
         identities: arguments.identities,
@@ -59,11 +61,5 @@ fn run(arguments: Arguments) -> lcm_lookahead::Result<()> {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::main(run)
 }

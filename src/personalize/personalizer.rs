@@ -87,7 +87,7 @@ impl Personalizer {
     /// the run's folder, whose latest checkpoint is taken. Averaged parameters are used where the run kept them.
     ///
     /// `resampler`: the shape of the adapter's resampler, which belongs to the base
-    /// ([`crate::mini::resampler_config`] for the miniature).
+    /// ([`crate::mini::face_encoder_config`] for the miniature).
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`] where the folder holds no whole checkpoint, [`Error::Tensor`] where it belongs

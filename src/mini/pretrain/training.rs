@@ -1,6 +1,7 @@
 //! The loop that all stages share: micro-batches on workers, gradients summed, one update, an average of the weights.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -150,8 +151,8 @@ pub fn train(
         let mut saved = load_tensors(&file)?;
         for (name, variable) in parameters.all() {
             // A file of `init` has no tensors that only the training needs.
-            if !saved.contains_key(&name) {
-                saved.insert(name, variable.copy()?.detach());
+            if let Entry::Vacant(vacant) = saved.entry(name) {
+                vacant.insert(variable.copy()?.detach());
             }
         }
         parameters.assign(&file.display().to_string(), &saved)?;

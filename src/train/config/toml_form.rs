@@ -17,9 +17,18 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Io`] where the file cannot be read, and those of `from_toml_str`.
     pub fn from_toml(path: impl AsRef<Path>) -> Result<TrainConfig> {
+        Self::from_toml_over(path, Self::paper())
+    }
+
+    /// Reads a configuration from a TOML file; what it does not say is taken from `otherwise`, unless its key `preset`
+    /// names a preset.
+    ///
+    /// # Errors
+    /// As [`from_toml`](Self::from_toml).
+    pub fn from_toml_over(path: impl AsRef<Path>, otherwise: TrainConfig) -> Result<TrainConfig> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(Error::io("read the configuration", path))?;
-        Self::from_toml_str(&path.display().to_string(), &text)
+        Self::read_over(&path.display().to_string(), &text, otherwise)
     }
 
     /// Reads a configuration from TOML text. What the text does not say is taken from the preset named by its top-level
@@ -29,12 +38,16 @@ impl TrainConfig {
     /// [`Error::Format`] where the text is not TOML; [`Error::Config`] for an unknown key, naming the nearest valid one,
     /// for a value of a wrong type, naming the expected and the found one, and for a value out of range.
     pub fn from_toml_str(source_name: &str, text: &str) -> Result<TrainConfig> {
+        Self::read_over(source_name, text, Self::paper())
+    }
+
+    fn read_over(source_name: &str, text: &str, otherwise: TrainConfig) -> Result<TrainConfig> {
         let mut user: Table = text.parse().map_err(|error: toml::de::Error| Error::Format {
             path: source_name.into(),
             reason: format!("not valid TOML: {}", error.to_string().trim_end()),
         })?;
         let preset = match user.remove("preset") {
-            None => Self::paper(),
+            None => otherwise,
             Some(value) => preset_named(source_name, &value)?,
         };
         let mut overlay = Overlay { source_name, table: preset.to_table()? };
