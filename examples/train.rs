@@ -184,7 +184,8 @@ fn open_dataset(arguments: &Arguments, config: &TrainConfig) -> anyhow::Result<F
         generate_dataset(&small, |_, _| {})?;
     }
     // Whoever uses the encoder brings a photograph, so photographs condition it in training too.
-    let source = Source { root, vanilla_only_for_encoder: true, ..Source::default() };
+    let instance_prompt = config.data.instance_prompt.clone();
+    let source = Source { root, vanilla_only_for_encoder: true, instance_prompt, ..Source::default() };
     Ok(FaceDataset::open(&DatasetConfig {
         sources: vec![source],
         resolution: u32::try_from(config.data.resolution)?,

@@ -17,7 +17,7 @@ pub struct Source {
     /// and else the folders decide: the first folder of a path is the identity, and a picture directly in the root is
     /// an identity of its own.
     pub metadata: Option<PathBuf>,
-    /// Whether file names hold the prompts; otherwise every prompt is "A photo of" the placeholder.
+    /// Whether file names that hold the word `conceptname` are prompts, as in the official layout.
     pub prompt_in_filename: bool,
     /// Whether only pictures with a folder or name containing "vanilla" condition the encoder, where the identity has
     /// any other than the target.
@@ -28,6 +28,9 @@ pub struct Source {
     pub augment: bool,
     /// What stands for the person in prompts.
     pub concept_placeholder: String,
+    /// The prompt of a picture whose name is none (`IMG_1234.jpg`): "a photo of a face" (official recipe's
+    /// `instance_prompt`).
+    pub instance_prompt: String,
 }
 
 impl Default for Source {
@@ -40,6 +43,7 @@ impl Default for Source {
             weight: 1.0,
             augment: false,
             concept_placeholder: DEFAULT_PLACEHOLDER.to_owned(),
+            instance_prompt: format!("a photo of {DEFAULT_PLACEHOLDER}"),
         }
     }
 }

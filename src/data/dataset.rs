@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::config::DatasetConfig;
 use super::image::{Crop, load_image, resize_and_crop, to_tensor};
 use super::metadata::{self, Entry};
-use super::prompt::prompt_from_path;
+use super::prompt::{names_a_prompt, prompt_from_path};
 use super::sampling::shuffled;
 use crate::random::Address;
 use crate::{Error, Result};
@@ -316,10 +316,10 @@ impl FaceDataset {
     fn prompt(&self, item: usize) -> String {
         let item = &self.items[item];
         let source = &self.config.sources[item.source];
-        if source.prompt_in_filename {
-            prompt_from_path(Path::new(&item.entry.relative), &source.concept_placeholder)
-        } else {
-            format!("A photo of {}", source.concept_placeholder)
+        let named = source.prompt_in_filename && names_a_prompt(&item.entry.relative);
+        match named {
+            true => prompt_from_path(Path::new(&item.entry.relative), &source.concept_placeholder),
+            false => source.instance_prompt.clone(),
         }
     }
 }

@@ -24,6 +24,11 @@ pub fn prompt_from_path(path: impl AsRef<Path>, placeholder: &str) -> String {
     parts.join(" ").replace(CONCEPT, placeholder)
 }
 
+/// Whether a file's name is a prompt: whether it has a place for the person.
+pub(super) fn names_a_prompt(path: &str) -> bool {
+    Path::new(path).file_stem().is_some_and(|stem| stem.to_string_lossy().contains(CONCEPT))
+}
+
 /// The file stem of a prompt and a seed: the inverse of [`prompt_from_path`], up to the first letter, which becomes a
 /// capital as in the official sets, and characters that file names cannot hold, which become `-`.
 ///

@@ -351,7 +351,7 @@ fn plain_folders_and_a_flat_folder_work() {
     let set = FaceDataset::open(&config).unwrap();
     let sample = set.sample(0, 0).unwrap();
     assert_eq!(sample.target_path, sample.conditioning_path);
-    assert_eq!((set.report().single_image_identities, sample.prompt.as_str()), (2, "A photo of a face"));
+    assert_eq!((set.report().single_image_identities, sample.prompt.as_str()), (2, "a photo of a face"));
 }
 
 #[test]

@@ -75,12 +75,14 @@ pub struct Personalizer {
     base: Base,
     encoder: FaceEncoder,
     noisy_encoder_input: bool,
+    encoder_prompt: String,
 }
 
 impl Personalizer {
     /// A personalizer of an encoder whose weights are frozen. (With trainable ones sampling would record a graph.)
     pub fn new(base: Base, encoder: FaceEncoder) -> Self {
-        Personalizer { base, encoder, noisy_encoder_input: true }
+        let Options { noisy_encoder_input, encoder_prompt, .. } = Options::default();
+        Personalizer { base, encoder, noisy_encoder_input, encoder_prompt }
     }
 
     /// A personalizer from a checkpoint folder of the [`Trainer`](crate::train::Trainer): `.../checkpoint-<step>`, or
@@ -102,9 +104,7 @@ impl Personalizer {
         // A moving average's own bookkeeping rides along in the same map; the encoder asks for its tensors only.
         let tensors = checkpoint.ema.as_ref().unwrap_or(&checkpoint.parameters);
         let source = folder.display().to_string();
-        let mut personalizer = Self::from_tensors(base, resampler, &checkpoint.config, &source, tensors)?;
-        personalizer.noisy_encoder_input = checkpoint.config.adapter.noisy_encoder_input;
-        Ok(personalizer)
+        Self::from_tensors(base, resampler, &checkpoint.config, &source, tensors)
     }
 
     /// A personalizer from the parameters of a run, by name (`image_proj.*`, `ip_adapter.*`, `kv_encoder.*`).
@@ -125,7 +125,12 @@ impl Personalizer {
         let weights = Weights::frozen(source, converted.collect::<Result<_>>()?);
         let encoder_config = encoder_config(resampler, config);
         let encoder = FaceEncoder::load(&encoder_config, &base.unet, &weights, &weights)?;
-        Ok(Self::new(base, encoder))
+        Ok(Personalizer {
+            base,
+            encoder,
+            noisy_encoder_input: config.adapter.noisy_encoder_input,
+            encoder_prompt: config.data.instance_prompt.clone(),
+        })
     }
 
     /// The adapter branch alone, from a pretrained IP-Adapter (`image_proj.*`, `ip_adapter.*`).
@@ -146,7 +151,8 @@ impl Personalizer {
 
     /// The options this encoder was trained for: with its KV path, where it has one, and plain guidance where not.
     pub fn default_options(&self) -> Options {
-        let options = Options { noisy_encoder_input: self.noisy_encoder_input, ..Options::default() };
+        let (noisy_encoder_input, encoder_prompt) = (self.noisy_encoder_input, self.encoder_prompt.clone());
+        let options = Options { noisy_encoder_input, encoder_prompt, ..Options::default() };
         match self.encoder.kv_encoder() {
             Some(_) => options,
             None => Options { guidance: Guidance::Plain { scale: 5.0 }, ..options },
