@@ -1,0 +1,246 @@
+//! The custom operations of candle that an applied function consists of.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
+
+use super::Node;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The slots hold whole values only, so one left by a panicking thread is still good.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+type Slot = Mutex<Option<(Storage, Shape)>>;
+
+fn take_cpu(slot: &Slot, name: &'static str) -> candle_core::Result<(CpuStorage, Shape)> {
+    match lock(slot).take() {
+        Some((Storage::Cpu(storage), shape)) => Ok((storage, shape)),
+        _ => Err(candle_core::Error::Msg(format!("{name}: the result does not lie on the CPU as the input does"))),
+    }
+}
+
+fn take_cuda(slot: &Slot, name: &'static str) -> candle_core::Result<(CudaStorage, Shape)> {
+    match lock(slot).take() {
+        Some((Storage::Cuda(storage), shape)) => Ok((storage, shape)),
+        _ => Err(candle_core::Error::Msg(format!("{name}: the result does not lie on the GPU as the input does"))),
+    }
+}
+
+/// A function with one output and one to three tracked inputs: one custom operation.
+pub(super) struct Direct {
+    pub node: Node,
+    pub positions: Vec<usize>,
+    pub result: Slot,
+}
+
+impl Direct {
+    fn gradients(&self, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
+        let mut all = self.node.backward(&[Some(result.detach())], &[Some(gradient.clone())])?;
+        Ok(self.positions.iter().map(|position| all[*position].take()).collect())
+    }
+}
+
+impl CustomOp1 for Direct {
+    fn name(&self) -> &'static str {
+        self.node.function.name()
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        take_cpu(&self.result, self.node.function.name())
+    }
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        take_cuda(&self.result, self.node.function.name())
+    }
+    fn bwd(&self, _: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(self.gradients(result, gradient)?[0].take())
+    }
+}
+
+impl CustomOp2 for Direct {
+    fn name(&self) -> &'static str {
+        self.node.function.name()
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        take_cpu(&self.result, self.node.function.name())
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        take_cuda(&self.result, self.node.function.name())
+    }
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut all = self.gradients(result, gradient)?;
+        Ok((all[0].take(), all[1].take()))
+    }
+}
+
+impl CustomOp3 for Direct {
+    fn name(&self) -> &'static str {
+        self.node.function.name()
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        take_cpu(&self.result, self.node.function.name())
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        take_cuda(&self.result, self.node.function.name())
+    }
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut all = self.gradients(result, gradient)?;
+        Ok((all[0].take(), all[1].take(), all[2].take()))
+    }
+}
+
+/// What the tokens and outputs of one applied function share.
+pub(super) struct Shared {
+    pub node: Node,
+    pub outputs: Mutex<Vec<Option<Tensor>>>,
+    pub gradients: Mutex<Vec<Option<Tensor>>>,
+    pub input_gradients: Mutex<Vec<Option<Tensor>>>,
+}
+
+/// Ties one more input to the token. The last one to be tied is the first to be visited in the backward pass, after
+/// all outputs: it runs the function's backward pass for all.
+pub(super) struct Join {
+    pub shared: Arc<Shared>,
+    pub position: usize,
+    pub last: bool,
+}
+
+impl Join {
+    fn gradient(&self) -> candle_core::Result<Option<Tensor>> {
+        if self.last {
+            let count = self.shared.node.inputs.len();
+            let outputs = std::mem::take(&mut *lock(&self.shared.outputs));
+            let gradients = std::mem::take(&mut *lock(&self.shared.gradients));
+            // The slots are left empty but of the right length: the same graph may be walked again.
+            *lock(&self.shared.outputs) = vec![None; outputs.len()];
+            *lock(&self.shared.gradients) = vec![None; gradients.len()];
+            let computed = self.shared.node.backward(&outputs, &gradients)?;
+            debug_assert_eq!(computed.len(), count);
+            *lock(&self.shared.input_gradients) = computed;
+        }
+        Ok(lock(&self.shared.input_gradients).get_mut(self.position).and_then(Option::take))
+    }
+}
+
+fn scalar_cpu() -> (CpuStorage, Shape) {
+    (CpuStorage::F32(vec![0.0]), Shape::from(()))
+}
+
+fn scalar_cuda(storage: &CudaStorage) -> candle_core::Result<(CudaStorage, Shape)> {
+    let shape = Shape::from(());
+    Ok((storage.device().zeros_impl(&shape, DType::F32)?, shape))
+}
+
+impl CustomOp1 for Join {
+    fn name(&self) -> &'static str {
+        self.shared.node.function.name()
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(scalar_cpu())
+    }
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        scalar_cuda(storage)
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.gradient()
+    }
+}
+
+impl CustomOp2 for Join {
+    fn name(&self) -> &'static str {
+        self.shared.node.function.name()
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(scalar_cpu())
+    }
+    fn cuda_fwd(
+        &self,
+        storage: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        scalar_cuda(storage)
+    }
+    fn bwd(
+        &self,
+        token: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let gradient = self.gradient()?;
+        Ok((Some(token.zeros_like()?), gradient))
+    }
+}
+
+/// One output of a tied function.
+pub(super) struct Release {
+    pub shared: Arc<Shared>,
+    pub index: usize,
+    pub result: Slot,
+}
+
+impl CustomOp1 for Release {
+    fn name(&self) -> &'static str {
+        self.shared.node.function.name()
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        take_cpu(&self.result, self.shared.node.function.name())
+    }
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        take_cuda(&self.result, self.shared.node.function.name())
+    }
+    fn bwd(&self, token: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        lock(&self.shared.outputs)[self.index] = Some(result.detach());
+        lock(&self.shared.gradients)[self.index] = Some(gradient.clone());
+        Ok(Some(token.zeros_like()?))
+    }
+}
