@@ -147,7 +147,7 @@ fn every_value_of_the_step_equals_pytorchs() -> Result<()> {
     let fixture = Fixture::open()?;
     for (name, value) in step(&fixture, false)?.values {
         let error = relative_error(&value, fixture.get(name))?;
-        assert!(error < 1e-5, "{name}: relative error {error:.2e}");
+        assert!(error < 1e-6, "{name}: relative error {error:.2e}");
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ fn every_gradient_of_the_step_equals_pytorchs() -> Result<()> {
         let variable = step.parameters.get(&ours).unwrap_or_else(|| panic!("no parameter {ours}"));
         let found = gradients.get(&variable).unwrap_or_else(|| panic!("no gradient for {ours}"));
         let error = relative_error(found, &expected)?;
-        assert!(error < 1e-4, "{name}: relative error {error:.2e}");
+        assert!(error < 1e-6, "{name}: relative error {error:.2e}");
         worst = worst.max(error);
         compared += 1;
     }

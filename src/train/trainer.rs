@@ -14,6 +14,7 @@ use crate::autograd::with_large_stack;
 use crate::data::FaceDataset;
 use crate::lookahead::{Base, FaceEncoder, ImageLoss};
 use crate::models::resampler;
+use crate::models::unet::Recording;
 use crate::nn::{Parameters, Weights};
 use crate::personalize::{Personalizer, encoder_config};
 use crate::schedule::AnnealedTimestepSampler;
@@ -465,7 +466,8 @@ fn check_against_base(config: &TrainConfig, base: &Base) -> Result<()> {
     }
     let names = base.unet.block_names();
     for beginning in &config.adapter.extended_layers {
-        let known = names.iter().any(|name| name.starts_with(beginning.as_str()));
+        let recording = Recording { projections: None, blocks: vec![beginning.clone()] };
+        let known = names.iter().any(|name| recording.includes(name));
         if !known {
             let reason = format!("`{beginning}` begins no transformer block's name; they are {names:?}");
             return Err(config_error("adapter.extended_layers", reason));

@@ -44,14 +44,4 @@ impl AdapterConfig {
             "false",
         )
     }
-
-    /// Whether the self-attention of this block is extended: no restriction, or the block's name is listed or lies within
-    /// a listed one (`"up_blocks.1"` covers `"up_blocks.1.attentions.0"`, not `"up_blocks.10"`).
-    pub fn extends(&self, block_name: &str) -> bool {
-        let covers = |listed: &String| {
-            let rest = block_name.strip_prefix(listed.trim_end_matches('.'));
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        };
-        self.extended_layers.is_empty() || self.extended_layers.iter().any(covers)
-    }
 }

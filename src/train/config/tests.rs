@@ -126,13 +126,3 @@ fn a_missing_file_is_one_clear_error() {
     let error = TrainConfig::from_toml("/nowhere/run.toml").unwrap_err().to_string();
     assert!(error.starts_with("/nowhere/run.toml: cannot read the configuration"), "{error}");
 }
-
-#[test]
-fn extended_layers_cover_whole_blocks_by_name() {
-    let mut adapter = TrainConfig::paper().adapter;
-    assert!(adapter.extends("mid_block.attentions.0.transformer_blocks.3"));
-    adapter.extended_layers = vec!["up_blocks.1".into()];
-    assert!(adapter.extends("up_blocks.1.attentions.0.transformer_blocks.0"));
-    assert!(!adapter.extends("up_blocks.10.attentions.0.transformer_blocks.0"));
-    assert!(!adapter.extends("mid_block.attentions.0.transformer_blocks.0"));
-}
