@@ -67,6 +67,15 @@ pub enum Error {
         found: String,
     },
 
+    /// A GPU is missing, too old, out of memory, or failed.
+    #[error("{operation}: {reason}")]
+    Device {
+        /// What was being done.
+        operation: &'static str,
+        /// What went wrong, and what would help.
+        reason: String,
+    },
+
     /// An argument of a function has the wrong shape, dtype or range.
     #[error("{function}: `{argument}`: expected {expected}, found {found}")]
     Argument {
@@ -116,6 +125,11 @@ impl Error {
         found: impl Into<String>,
     ) -> Error {
         Error::Argument { function, argument, expected: expected.into(), found: found.into() }
+    }
+
+    /// An [`Error::Device`].
+    pub fn device(operation: &'static str, reason: impl Into<String>) -> Error {
+        Error::Device { operation, reason: reason.into() }
     }
 }
 

@@ -68,6 +68,8 @@
 #![warn(missing_docs)]
 
 pub mod autograd;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 mod error;
 pub mod face;

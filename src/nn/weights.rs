@@ -27,6 +27,7 @@ pub enum Init {
 enum Source {
     Frozen { name: String, tensors: HashMap<String, Tensor> },
     Trainable { parameters: Parameters, seed: u64, dtype: DType, device: Device },
+    Random { dtype: DType, device: Device },
     Shapes { seen: Mutex<BTreeMap<String, Vec<usize>>> },
 }
 
@@ -79,6 +80,12 @@ impl Weights {
     /// there and filled as the layer says, with draws addressed by `seed` and the tensor's name.
     pub fn trainable(parameters: &Parameters, seed: u64, dtype: DType, device: &Device) -> Self {
         Self::root(Source::Trainable { parameters: parameters.clone(), seed, dtype, device: device.clone() })
+    }
+
+    /// Frozen weights that are random: each tensor a layer asks for is drawn as if it were to be trained, on the device
+    /// and by its generator. For measurements of networks whose published weights are not at hand.
+    pub fn random(dtype: DType, device: &Device) -> Self {
+        Self::root(Source::Random { dtype, device: device.clone() })
     }
 
     /// No weights at all: layers load tensors that take no memory, and [`Weights::shapes`] tells afterwards what they
@@ -162,6 +169,7 @@ impl Weights {
                 parameters.insert(&full, variable.clone());
                 Ok(variable.into_inner())
             }
+            Source::Random { dtype, device } => drawn(&shape, init, *dtype, device),
             Source::Shapes { seen } => {
                 seen.lock().unwrap_or_else(PoisonError::into_inner).insert(full.clone(), shape.dims().to_vec());
                 Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
@@ -175,7 +183,7 @@ impl Weights {
         let weight = self.get((out, inner, kernel, kernel), name, init)?.permute((0, 2, 3, 1))?;
         match &*self.source {
             // Frozen weights are reordered once; a variable's view is reordered when used, as its values change.
-            Source::Frozen { .. } => Ok(weight.contiguous()?),
+            Source::Frozen { .. } | Source::Random { .. } => Ok(weight.contiguous()?),
             _ => Ok(weight),
         }
     }
@@ -187,6 +195,20 @@ fn join(prefix: &str, name: &str) -> String {
         (_, true) => prefix.to_string(),
         _ => format!("{prefix}.{name}"),
     }
+}
+
+/// A tensor filled by the device's own generator.
+fn drawn(shape: &Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+    let values = match init {
+        Init::Zeros => return Ok(Tensor::zeros(shape, dtype, device)?),
+        Init::Ones => return Ok(Tensor::ones(shape, dtype, device)?),
+        Init::Normal(deviation) => Tensor::randn(0f32, deviation as f32, shape, device)?,
+        Init::FanIn(fan_in) => {
+            let bound = 1.0 / (fan_in.max(1) as f32).sqrt();
+            Tensor::rand(-bound, bound, shape, device)?
+        }
+    };
+    Ok(values.to_dtype(dtype)?)
 }
 
 fn initial(seed: u64, name: &str, shape: &Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {

@@ -1,11 +1,13 @@
 //! Differentiable operations that candle lacks, or whose gradient it cuts: one folder an operation.
 //!
 //! All take and return channels-last tensors: images `(batch, height, width, channels)`, tokens
-//! `(batch, tokens, channels)`, so an image is a token matrix and back by a reshape. All work in f32 and f64, compute
-//! exact gradients, and compute them only for the arguments that are part of a graph: a weight that is a plain tensor
+//! `(batch, tokens, channels)`, so an image is a token matrix and back by a reshape. All work in f32 and f64 on
+//! the CPU, in f32, bf16 and f16 on a GPU (feature `cuda`), compute exact gradients, and compute them only for the
+//! arguments that are part of a graph: a weight that is a plain tensor
 //! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
 
 mod activation;
+mod addends;
 mod attention;
 mod conv2d;
 mod geglu;
@@ -18,12 +20,13 @@ mod upsample_nearest_2x;
 mod warp_affine;
 
 pub use activation::{Activation, activation};
+pub use addends::Addends;
 pub use attention::{Mask, attention};
-pub use conv2d::conv2d;
+pub use conv2d::{conv2d, conv2d_with};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
-pub use linear::linear;
+pub use linear::{linear, linear_with};
 pub use resize_bilinear::resize_bilinear;
 pub use upsample_nearest_2x::upsample_nearest_2x;
 pub use warp_affine::warp_affine;

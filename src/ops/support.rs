@@ -73,6 +73,17 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+/// Returns `$body`, the CUDA half of an operation, where its first tensor lies on a GPU.
+macro_rules! on_cuda {
+    ($tensor:expr => $body:expr) => {
+        #[cfg(feature = "cuda")]
+        if $tensor.device().is_cuda() {
+            return $body;
+        }
+    };
+}
+pub(crate) use on_cuda;
+
 /// The numbers of a contiguous CPU tensor, as a slice.
 pub(crate) struct Values<'a, T> {
     storage: StorageRef<'a>,

@@ -1,13 +1,15 @@
 //! Pointwise activation functions.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::support::{Real, dispatch};
+use super::support::{Real, dispatch, on_cuda};
 use crate::Result;
 use crate::autograd::{Backward, Forward, Function, apply};
 
@@ -115,10 +117,12 @@ impl Function for Pointwise {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self.0, &inputs[0]));
         dispatch!("activation", inputs[0], T => cpu::forward::<T>(self.0, &inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self.0, context));
         dispatch!("activation", context.inputs[0], T => cpu::backward::<T>(self.0, context))
     }
 }

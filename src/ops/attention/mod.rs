@@ -1,6 +1,8 @@
 //! Scaled dot-product attention over one or two sources of keys and values.
 
 mod backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod exponential;
 mod forward;
 #[cfg(test)]
@@ -9,7 +11,7 @@ mod view;
 
 use candle_core::Tensor;
 
-use super::support::{dispatch, same_kind};
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -108,10 +110,12 @@ impl Function for Attention {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, inputs));
         dispatch!("attention", inputs[0], T => forward::forward::<T>(self, inputs))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("attention", context.inputs[0], T => backward::backward::<T>(self, context))
     }
 }

@@ -154,12 +154,14 @@ fn window(conv: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Window> {
     })
 }
 
-pub(super) fn forward<T: Real>(conv: &Conv2d, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Forward> {
+pub(super) fn forward<T: Real>(conv: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
+    let (x, weight, bias) = (&inputs[0], &inputs[1], conv.places.bias.map(|place| &inputs[place]));
     let window = window(conv, x, weight)?;
     let out = weight.dims()[0];
     let (xs, ws) = (values::<T>("conv2d", x)?, values::<T>("conv2d", weight)?);
     let bias = bias.map(|bias| values::<T>("conv2d", bias)).transpose()?;
-    let y = window.correlate(&xs, Matrix::row_major(&ws, out, window.patch()).transposed(), bias.as_deref());
+    let mut y = window.correlate(&xs, Matrix::row_major(&ws, out, window.patch()).transposed(), bias.as_deref());
+    conv.places.add("conv2d", inputs, &mut y)?;
     Ok(Output::from_vec(y, (window.source[0], window.out[0], window.out[1], out)).into())
 }
 
@@ -177,7 +179,7 @@ pub(super) fn backward<T: Real>(conv: &Conv2d, context: &Backward<'_>) -> Result
         let dw = window.weight_gradient(&values::<T>("conv2d", x)?, &gs, out);
         gradients[1] = Some(tensor(dw, weight.dims())?);
     }
-    if context.needs.get(2) == Some(&true) {
+    if let Some(bias) = conv.places.bias.filter(|place| context.needs[*place]) {
         let sums = gs.par_chunks(1024 * out).map(|part| {
             let mut sum = vec![T::of(0.0); out];
             for pixel in part.chunks_exact(out) {
@@ -185,8 +187,9 @@ pub(super) fn backward<T: Real>(conv: &Conv2d, context: &Backward<'_>) -> Result
             }
             sum
         });
-        gradients[2] = Some(tensor(add_in_order(sums.collect()), out)?);
+        gradients[bias] = Some(tensor(add_in_order(sums.collect()), out)?);
     }
+    conv.places.gradients(context, &mut gradients)?;
     Ok(gradients)
 }
 

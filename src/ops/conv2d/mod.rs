@@ -1,13 +1,16 @@
 //! Two-dimensional convolution, channels last.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::linear::linear;
-use super::support::{dispatch, same_kind};
+use super::addends::{Addends, Places};
+use super::linear::linear_with;
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -22,6 +25,20 @@ use crate::{Error, Result};
 /// [`Error::Argument`] where shapes, dtypes or devices do not fit, the stride is 0 or the kernel exceeds the padded
 /// image.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    conv2d_with(x, weight, &Addends::bias(bias), stride, padding)
+}
+
+/// [`conv2d`] with more added to the result: the bias, a vector a sample, and a residual.
+///
+/// # Errors
+/// As [`conv2d`].
+pub fn conv2d_with(
+    x: &Tensor,
+    weight: &Tensor,
+    addends: &Addends<'_>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
     let wrong = |argument, expected: String, found: String| Err(Error::argument("conv2d", argument, expected, found));
     let &[out, kernel_height, kernel_width, channels] = weight.dims() else {
         let expected = "(out_channels, kernel_height, kernel_width, in_channels)".to_owned();
@@ -30,19 +47,13 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
     if weight.elem_count() == 0 {
         return wrong("weight", "no empty dimension".to_owned(), format!("{:?}", weight.dims()));
     }
-    let &[_, height, width, x_channels] = x.dims() else {
+    let &[batch, height, width, x_channels] = x.dims() else {
         return wrong("x", format!("(batch, height, width, {channels})"), format!("{:?}", x.dims()));
     };
     if x_channels != channels || x.elem_count() == 0 {
         return wrong("x", format!("(batch, height, width, {channels})"), format!("{:?}", x.dims()));
     }
     same_kind("conv2d", x, "weight", weight)?;
-    if let Some(bias) = bias {
-        same_kind("conv2d", x, "bias", bias)?;
-        if bias.dims() != [out] {
-            return wrong("bias", format!("({out},)"), format!("{:?}", bias.dims()));
-        }
-    }
     if stride == 0 {
         return wrong("stride", "at least 1".to_owned(), "0".to_owned());
     }
@@ -51,17 +62,19 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
         return wrong("weight", room, format!("a kernel of {kernel_height} x {kernel_width}"));
     }
     if (kernel_height, kernel_width, stride, padding) == (1, 1, 1, 0) {
-        return linear(x, &weight.reshape((out, channels))?, bias);
+        return linear_with(x, &weight.reshape((out, channels))?, addends);
     }
-    match bias {
-        Some(bias) => apply(Conv2d { stride, padding }, &[x, weight, bias]),
-        None => apply(Conv2d { stride, padding }, &[x, weight]),
-    }
+    let size = |size: usize, kernel: usize| (size + 2 * padding - kernel) / stride + 1;
+    let shape = [batch, size(height, kernel_height), size(width, kernel_width), out];
+    let mut inputs = vec![x, weight];
+    let places = addends.place("conv2d", x, &shape, &mut inputs)?;
+    apply(Conv2d { stride, padding, places }, &inputs)
 }
 
 struct Conv2d {
     stride: usize,
     padding: usize,
+    places: Places,
 }
 
 impl Function for Conv2d {
@@ -70,10 +83,12 @@ impl Function for Conv2d {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
-        dispatch!("conv2d", inputs[0], T => cpu::forward::<T>(self, &inputs[0], &inputs[1], inputs.get(2)))
+        on_cuda!(inputs[0] => cuda::forward(self, inputs));
+        dispatch!("conv2d", inputs[0], T => cpu::forward::<T>(self, inputs))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("conv2d", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,12 +1,14 @@
 //! The gated GELU of transformer feed-forward blocks.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -32,10 +34,12 @@ impl Function for Geglu {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(&inputs[0]));
         dispatch!("geglu", inputs[0], T => cpu::forward::<T>(&inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("geglu", context.inputs[0], T => cpu::backward::<T>(context))
     }
 }

@@ -1,13 +1,15 @@
 //! Group normalisation, channels last, with an activation fused in.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
 use super::Activation;
-use super::support::{dispatch, same_kind};
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -62,10 +64,12 @@ impl Function for GroupNorm {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, &inputs[0], &inputs[1], &inputs[2]));
         dispatch!("group_norm", inputs[0], T => cpu::forward::<T>(self, &inputs[0], &inputs[1], &inputs[2]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("group_norm", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

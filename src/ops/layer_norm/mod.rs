@@ -1,12 +1,14 @@
 //! Layer normalisation.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::{dispatch, same_kind};
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -43,10 +45,12 @@ impl Function for LayerNorm {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self.eps, inputs));
         dispatch!("layer_norm", inputs[0], T => cpu::forward::<T>(self.eps, inputs))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("layer_norm", context.inputs[0], T => cpu::backward::<T>(self.eps, context))
     }
 }

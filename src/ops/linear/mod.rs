@@ -1,12 +1,15 @@
 //! The linear map `x W^T + b`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::{dispatch, same_kind};
+use super::addends::{Addends, Places};
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -18,24 +21,30 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Argument`] where shapes, dtypes or devices do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    linear_with(x, weight, &Addends::bias(bias))
+}
+
+/// [`linear`] with more added to the product: `x W^T + bias + per_sample + residual`.
+///
+/// Gradients for every argument that is part of a graph.
+///
+/// # Errors
+/// [`Error::Argument`] where shapes, dtypes or devices do not fit.
+pub fn linear_with(x: &Tensor, weight: &Tensor, addends: &Addends<'_>) -> Result<Tensor> {
     let (out, inner) = weight.dims2()?;
     if x.rank() == 0 || x.dims()[x.rank() - 1] != inner {
         return Err(Error::argument("linear", "x", format!("(..., {inner})"), format!("{:?}", x.dims())));
     }
     same_kind("linear", x, "weight", weight)?;
-    if let Some(bias) = bias {
-        same_kind("linear", x, "bias", bias)?;
-        if bias.dims() != [out] {
-            return Err(Error::argument("linear", "bias", format!("({out},)"), format!("{:?}", bias.dims())));
-        }
-    }
-    match bias {
-        Some(bias) => apply(Linear, &[x, weight, bias]),
-        None => apply(Linear, &[x, weight]),
-    }
+    let mut inputs = vec![x, weight];
+    let shape = [&x.dims()[..x.rank() - 1], &[out]].concat();
+    let places = addends.place("linear", x, &shape, &mut inputs)?;
+    apply(Linear { places }, &inputs)
 }
 
-struct Linear;
+struct Linear {
+    places: Places,
+}
 
 impl Function for Linear {
     fn name(&self) -> &'static str {
@@ -43,10 +52,12 @@ impl Function for Linear {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
-        dispatch!("linear", inputs[0], T => cpu::forward::<T>(&inputs[0], &inputs[1], inputs.get(2)))
+        on_cuda!(inputs[0] => cuda::forward(self, inputs));
+        dispatch!("linear", inputs[0], T => cpu::forward::<T>(self, inputs))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        dispatch!("linear", context.inputs[0], T => cpu::backward::<T>(context))
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
+        dispatch!("linear", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,12 +1,14 @@
 //! Bilinear resizing, channels last.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -32,12 +34,14 @@ pub fn resize_bilinear(x: &Tensor, height: usize, width: usize, antialias: bool)
     let (_, old_height, old_width, _) = x.dims4()?;
     let vertical = Taps::new(old_height, height, antialias);
     let horizontal = Taps::new(old_width, width, antialias);
-    apply(ResizeBilinear { vertical, horizontal }, &[x])
+    apply(ResizeBilinear { vertical, horizontal, antialias }, &[x])
 }
 
 struct ResizeBilinear {
     vertical: Taps,
     horizontal: Taps,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the GPU's kernels make the taps themselves"))]
+    antialias: bool,
 }
 
 /// The linear map from the pixels of one axis to those of its resized version.
@@ -85,10 +89,12 @@ impl Function for ResizeBilinear {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, &inputs[0]));
         dispatch!("resize_bilinear", inputs[0], T => cpu::forward::<T>(self, &inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("resize_bilinear", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,12 +1,14 @@
 //! Nearest-neighbour enlargement, channels last.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -33,10 +35,12 @@ impl Function for UpsampleNearest2x {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(&inputs[0]));
         dispatch!("upsample_nearest_2x", inputs[0], T => cpu::forward::<T>(&inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("upsample_nearest_2x", context.inputs[0], T => cpu::backward::<T>(context))
     }
 }

@@ -1,12 +1,14 @@
 //! Affine warping, channels last.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -53,10 +55,12 @@ impl Function for WarpAffine {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, &inputs[0]));
         dispatch!("warp_affine", inputs[0], T => cpu::forward::<T>(self, &inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("warp_affine", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,0 +1,51 @@
+//! Measures SDXL at full size, with random weights, on one GPU.
+
+mod attention;
+mod measure;
+mod unet;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use lcm_lookahead::cuda;
+use measure::Report;
+
+#[path = "../support/mod.rs"]
+mod support;
+
+/// Measures SDXL at full size, with random weights, on one GPU: attention, U-Net passes, training iterations, sampling.
+///
+/// Prints one line a measurement: the median time, what share of the measured matrix-product ceiling that is, and the
+/// peak of device memory.
+#[derive(Parser)]
+struct Arguments {
+    /// What to measure; all where none is given
+    #[arg(value_enum)]
+    parts: Vec<Part>,
+    /// Which GPU
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    Attention,
+    Unet,
+}
+
+fn main() -> ExitCode {
+    support::main(run)
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let device = cuda::open(arguments.gpu)?;
+    let mut report = Report::new(&device)?;
+    let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
+    if wanted(Part::Attention) {
+        attention::measure(&mut report)?;
+    }
+    if wanted(Part::Unet) {
+        unet::measure(&mut report)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! Times on the GPU, their relation to the ceiling, and memory.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use lcm_lookahead::{Result, cuda, ops};
+
+/// Prints measurements.
+pub struct Report {
+    /// The GPU.
+    pub device: Device,
+    /// Floating-point operations per second of a large bf16 matrix product.
+    ceiling: f64,
+}
+
+impl Report {
+    /// Measures the ceiling.
+    pub fn new(device: &Device) -> Result<Self> {
+        let side = 8192;
+        let matrix =
+            || -> Result<Tensor> { Ok(Tensor::randn(0f32, 1.0, (side, side), device)?.to_dtype(DType::BF16)?) };
+        let (a, b) = (matrix()?, matrix()?);
+        let seconds = median(device, 10, || ops::linear(&a, &b, None).map(|_| ()))?;
+        let ceiling = 2.0 * (side as f64).powi(3) / seconds;
+        println!("ceiling: bf16 matrix product {side}^3 at {:.0} TFLOP/s", ceiling / 1e12);
+        Ok(Report { device: device.clone(), ceiling })
+    }
+
+    /// Measures a function of so many floating-point operations and prints a line.
+    pub fn line(
+        &self,
+        what: &str,
+        operations: f64,
+        repeats: usize,
+        mut run: impl FnMut() -> Result<()>,
+    ) -> Result<f64> {
+        cuda::memory_use(&self.device, true)?;
+        let seconds = median(&self.device, repeats, &mut run)?;
+        let memory = cuda::memory_use(&self.device, false)?;
+        let rate = operations / seconds;
+        println!(
+            "{what}: {:.3} ms, {:.0} TFLOP/s, {:.0} % of the ceiling, peak {:.1} GiB",
+            seconds * 1e3,
+            rate / 1e12,
+            100.0 * rate / self.ceiling,
+            memory.peak as f64 / f64::from(1 << 30)
+        );
+        Ok(seconds)
+    }
+}
+
+/// Median seconds of a function's work on the GPU, after three runs to warm up.
+pub fn median(device: &Device, repeats: usize, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    for _ in 0..3 {
+        run()?;
+    }
+    let mut times = Vec::with_capacity(repeats);
+    for _ in 0..repeats {
+        cuda::synchronize(device)?;
+        let start = Instant::now();
+        run()?;
+        cuda::synchronize(device)?;
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[repeats / 2])
+}

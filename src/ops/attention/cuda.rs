@@ -1,0 +1,157 @@
+//! Attention on a GPU: Hopper's tensor-core kernels where they take the shapes, the portable ones elsewhere.
+
+use std::ffi::c_void;
+
+use candle_core::{DType, Tensor};
+
+use super::{Attention, Mask};
+use crate::Result;
+use crate::autograd::{Backward, Forward};
+use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken};
+
+/// `LcmAttention` of `attention.h`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Arguments {
+    q: *const c_void,
+    k: *const c_void,
+    v: *const c_void,
+    k2: *const c_void,
+    v2: *const c_void,
+    out: *mut c_void,
+    lse: *mut f32,
+    use_reference: *const u8,
+    batch: i32,
+    heads: i32,
+    head_dim: i32,
+    tokens: i32,
+    own_tokens: i32,
+    reference_tokens: i32,
+    reference_batch: i32,
+    dtype: i32,
+    causal: i32,
+    rows: [i64; 6],
+    batches: [i64; 6],
+    scale: f32,
+}
+
+/// `LcmAttentionGradient` of `attention.h`.
+#[repr(C)]
+struct GradientArguments {
+    forward: Arguments,
+    dout: *const c_void,
+    gradients: [*mut c_void; 5],
+    rows: [i64; 5],
+    batches: [i64; 5],
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    deterministic: i32,
+}
+
+unsafe extern "C" {
+    fn lcm_attention_forward_hopper(arguments: *const Arguments, stream: *mut c_void) -> i32;
+    fn lcm_attention_forward_portable(arguments: *const Arguments, stream: *mut c_void) -> i32;
+    fn lcm_attention_backward_hopper(arguments: *const GradientArguments, stream: *mut c_void) -> i32;
+    fn lcm_attention_backward_hopper_workspace(arguments: *const GradientArguments) -> usize;
+    fn lcm_attention_backward_portable(arguments: *const GradientArguments, stream: *mut c_void) -> i32;
+    fn lcm_attention_backward_portable_workspace(arguments: *const GradientArguments) -> usize;
+}
+
+const NAME: &str = "attention";
+
+/// The arguments for inputs `q, k, v` or `q, k, v, k2, v2`, all contiguous, whose shapes `attention` has checked.
+fn arguments(attention: &Attention, inputs: &[Tensor], out: *mut c_void, lse: *mut f32) -> Result<Arguments> {
+    let (batch, tokens, channels) = inputs[0].dims3()?;
+    let own_tokens = inputs[1].dim(1)?;
+    let (reference_batch, reference_tokens) = match inputs.get(3) {
+        Some(keys) => (keys.dim(0)?, keys.dim(1)?),
+        None => (1, 0),
+    };
+    let at = |i: usize| -> Result<*const c_void> {
+        inputs.get(i).map_or(Ok(std::ptr::null()), |tensor| Ok(pointer(NAME, tensor)?.cast_const()))
+    };
+    let (row, head_dim) = (channels as i64, channels / attention.heads);
+    let sample = |tokens: usize| row * tokens as i64;
+    let (own, reference) = (sample(own_tokens), sample(reference_tokens));
+    Ok(Arguments {
+        q: at(0)?,
+        k: at(1)?,
+        v: at(2)?,
+        k2: at(3)?,
+        v2: at(4)?,
+        out,
+        lse,
+        use_reference: std::ptr::null(),
+        batch: batch as i32,
+        heads: attention.heads as i32,
+        head_dim: head_dim as i32,
+        tokens: tokens as i32,
+        own_tokens: own_tokens as i32,
+        reference_tokens: reference_tokens as i32,
+        reference_batch: reference_batch as i32,
+        dtype: dtype_code(NAME, inputs[0].dtype())?,
+        causal: i32::from(attention.mask == Mask::Causal),
+        rows: [row; 6],
+        batches: [sample(tokens), own, own, reference, reference, sample(tokens)],
+        scale: (head_dim as f32).powf(-0.5),
+    })
+}
+
+pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forward> {
+    let q = &inputs[0];
+    let device = cuda_device(NAME, q)?;
+    let (batch, tokens, _) = q.dims3()?;
+    let out = Buffer::like(NAME, q)?;
+    let lse = Buffer::new(&device, (batch, attention.heads, tokens), DType::F32)?;
+    let arguments = arguments(attention, inputs, out.pointer(), lse.pointer().cast())?;
+    let stream = stream(&device);
+    // SAFETY: the arguments point to tensors and buffers of the shapes they state, alive on this stream.
+    unsafe {
+        if !taken(NAME, lcm_attention_forward_hopper(&raw const arguments, stream))? {
+            check(NAME, lcm_attention_forward_portable(&raw const arguments, stream))?;
+        }
+    }
+    Ok(Forward { outputs: vec![out.into_output()], saved: vec![lse.into_tensor()] })
+}
+
+pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+    let inputs = context.inputs;
+    let device = cuda_device(NAME, &inputs[0])?;
+    let Some(out) = context.outputs.first().and_then(Option::as_ref) else {
+        return Ok(vec![None; inputs.len()]);
+    };
+    let forward = arguments(attention, inputs, pointer(NAME, out)?, pointer(NAME, &context.saved[0])?.cast())?;
+    // Keys and values go in pairs: the kernels make the gradients of both or of neither.
+    let pair = |i: usize| context.needs.get(i) == Some(&true) || context.needs.get(i + 1) == Some(&true);
+    let wanted = [context.needs[0], pair(1), pair(1), pair(3), pair(3)];
+    let mut buffers: [Option<Buffer>; 5] = Default::default();
+    for ((buffer, input), wanted) in buffers.iter_mut().zip(inputs).zip(wanted) {
+        if wanted {
+            *buffer = Some(Buffer::like(NAME, input)?);
+        }
+    }
+    let mut gradient = GradientArguments {
+        forward,
+        dout: pointer(NAME, context.gradient()?)?,
+        gradients: buffers.each_ref().map(|buffer| buffer.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer)),
+        rows: [forward.rows[0], forward.rows[1], forward.rows[2], forward.rows[3], forward.rows[4]],
+        batches: [0, 1, 2, 3, 4].map(|i| forward.batches[i]),
+        workspace: std::ptr::null_mut(),
+        workspace_bytes: 0,
+        deterministic: i32::from(crate::cuda::deterministic()),
+    };
+    let stream = stream(&device);
+    // SAFETY: as in `forward`; each workspace has the size its kernel asked for and lives until it is launched.
+    unsafe {
+        let bytes = lcm_attention_backward_hopper_workspace(&raw const gradient);
+        let workspace = Buffer::bytes(&device, bytes)?;
+        (gradient.workspace, gradient.workspace_bytes) = (workspace.pointer(), bytes);
+        if !taken(NAME, lcm_attention_backward_hopper(&raw const gradient, stream))? {
+            let bytes = lcm_attention_backward_portable_workspace(&raw const gradient);
+            let workspace = Buffer::bytes(&device, bytes)?;
+            (gradient.workspace, gradient.workspace_bytes) = (workspace.pointer(), bytes);
+            check(NAME, lcm_attention_backward_portable(&raw const gradient, stream))?;
+        }
+    }
+    Ok(buffers.into_iter().take(inputs.len()).map(|buffer| buffer.map(Buffer::into_tensor)).collect())
+}

@@ -1,0 +1,185 @@
+//! Every operation on the GPU against the same operation on the CPU in f64: values and all gradients, f32 and bf16.
+//!
+//! Needs the feature `cuda` and a GPU; without one every test says that it was skipped.
+#![cfg(feature = "cuda")]
+
+use candle_core::{DType, Device, Tensor, Var};
+use lcm_lookahead::ops::{self, Activation, Mask};
+use lcm_lookahead::random::Address;
+use lcm_lookahead::{Result, cuda};
+
+/// The GPU, or `None` and a line that says why the test was skipped.
+fn gpu() -> Option<Device> {
+    match cuda::open(0) {
+        Ok(device) => Some(device),
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+fn random(purpose: &'static str, shape: &[usize]) -> Tensor {
+    Address::new(11, purpose).normal(shape, DType::F64, &Device::Cpu).unwrap()
+}
+
+/// `||a - b|| / ||b||`, in f64; infinite where a number is not finite.
+fn error(a: &Tensor, b: &Tensor) -> f64 {
+    let numbers = |t: &Tensor| -> Vec<f64> {
+        t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    };
+    assert_eq!(a.dims(), b.dims());
+    let (a, b) = (numbers(a), numbers(b));
+    let difference: f64 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
+    let norm: f64 = b.iter().map(|b| b * b).sum();
+    if !difference.is_finite() {
+        return f64::INFINITY;
+    }
+    (difference / norm.max(1e-300)).sqrt()
+}
+
+/// Value and the gradients of all inputs of a function, for a fixed random gradient of its output.
+fn run(inputs: &[Tensor], function: &dyn Fn(&[Tensor]) -> Result<Tensor>) -> Result<Vec<Tensor>> {
+    let variables: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<_>>()?;
+    let tracked: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
+    let value = function(&tracked)?;
+    let seed = random("gradient of the output", value.dims()).to_dtype(value.dtype())?.to_device(value.device())?;
+    let gradients = (&value * seed)?.sum_all()?.backward()?;
+    let gradients = variables.iter().map(|variable| gradients.get(variable).expect("every input has one").clone());
+    Ok(std::iter::once(value).chain(gradients).collect())
+}
+
+/// Compares a function on the GPU with the CPU in f64, on inputs that are exact in the dtype compared.
+fn compare(name: &str, inputs: &[Tensor], function: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
+        let rounded: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype)).collect::<candle_core::Result<_>>()?;
+        let exact: Vec<Tensor> = rounded.iter().map(|t| t.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
+        let moved: Vec<Tensor> = rounded.iter().map(|t| t.to_device(&device)).collect::<candle_core::Result<_>>()?;
+        let expected = run(&exact, &function)?;
+        let found = run(&moved, &function)?;
+        let again = run(&moved, &function)?;
+        for (i, ((found, expected), again)) in found.iter().zip(&expected).zip(&again).enumerate() {
+            let what = if i == 0 { "value".to_string() } else { format!("gradient of input {}", i - 1) };
+            let error = error(found, expected);
+            println!("{name} {dtype:?} {what}: {error:.2e}");
+            assert!(error < limit, "{name} {dtype:?}, {what}: error {error:.2e}, limit {limit:.0e}");
+            assert!(self::error(again, found) < 1e-2, "{name} {dtype:?}, {what}: differs between runs");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_equals_the_cpu() -> Result<()> {
+    for (rows, inner, out) in [(7, 12, 20), (130, 64, 96), (1, 320, 1280)] {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[out, inner]), random("b", &[out])];
+        compare(&format!("linear {rows} {inner} {out}"), &inputs, |t| ops::linear(&t[0], &t[1], Some(&t[2])))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_equals_the_cpu() -> Result<()> {
+    for (size, input, output, kernel, stride) in [
+        (8, 64, 64, 3, 1),
+        (9, 16, 24, 3, 1),
+        (16, 64, 128, 3, 2),
+        (12, 4, 32, 3, 1),
+        (8, 32, 4, 3, 1),
+        (8, 64, 32, 1, 1),
+    ] {
+        let shape = [2, size, size + 4, input];
+        let weight = random("w", &[output, kernel, kernel, input]);
+        let inputs = [random("x", &shape), weight, random("b", &[output])];
+        compare(&format!("conv2d {size} {input} {output} {kernel} {stride}"), &inputs, |t| {
+            ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, kernel / 2)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_over_two_sources_equals_the_cpu() -> Result<()> {
+    for (batch, heads, width, tokens, own, reference, reference_batch) in [
+        (2, 2, 64, 128, 128, 128, 2),
+        (3, 1, 64, 100, 77, 130, 1),
+        (1, 2, 64, 65, 200, 33, 1),
+        (2, 3, 16, 40, 40, 64, 2),
+        (2, 2, 32, 70, 16, 5, 1),
+        (2, 1, 80, 33, 50, 20, 2),
+    ] {
+        let channels = heads * width;
+        let inputs = [
+            random("q", &[batch, tokens, channels]),
+            random("k", &[batch, own, channels]),
+            random("v", &[batch, own, channels]),
+            random("k2", &[reference_batch, reference, channels]),
+            random("v2", &[reference_batch, reference, channels]),
+        ];
+        compare(&format!("attention {batch} {heads}x{width} {tokens} {own}+{reference}"), &inputs, |t| {
+            ops::attention(&t[0], (&t[1], &t[2]), Some((&t[3], &t[4])), heads, Mask::None)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn plain_and_causal_attention_equal_the_cpu() -> Result<()> {
+    for (heads, width, tokens, own, mask) in [
+        (2, 64, 256, 256, Mask::None),
+        (2, 64, 200, 77, Mask::None),
+        (2, 64, 77, 77, Mask::Causal),
+        (2, 32, 32, 32, Mask::Causal),
+        (1, 24, 19, 19, Mask::None),
+    ] {
+        let channels = heads * width;
+        let keys = [2, own, channels];
+        let inputs = [random("q", &[2, tokens, channels]), random("k", &keys), random("v", &keys)];
+        compare(&format!("attention {heads}x{width} {tokens} {own} {mask:?}"), &inputs, |t| {
+            ops::attention(&t[0], (&t[1], &t[2]), None, heads, mask)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn normalisations_equal_the_cpu() -> Result<()> {
+    for (channels, groups, activation) in
+        [(32, 8, Activation::Silu), (320, 32, Activation::Silu), (12, 3, Activation::None), (80, 8, Activation::Silu)]
+    {
+        let x = (random("x", &[2, 9, 7, channels]) + 3.0)?;
+        let inputs = [x, random("w", &[channels]), random("b", &[channels])];
+        compare(&format!("group_norm {channels}/{groups} {activation:?}"), &inputs, |t| {
+            ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)
+        })?;
+    }
+    for channels in [20, 64, 640, 1280, 1664] {
+        let x = (random("x", &[3, 5, channels]) - 2.0)?;
+        let inputs = [x, random("w", &[channels]), random("b", &[channels])];
+        compare(&format!("layer_norm {channels}"), &inputs, |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pointwise_operations_equal_the_cpu() -> Result<()> {
+    compare("geglu", &[random("x", &[3, 10, 128])], |t| ops::geglu(&t[0]))?;
+    compare("geglu, odd", &[random("x", &[3, 7, 10])], |t| ops::geglu(&t[0]))?;
+    for kind in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
+        compare(&format!("{kind:?}"), &[random("x", &[5, 37])], |t| ops::activation(&t[0], kind))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn changes_of_size_equal_the_cpu() -> Result<()> {
+    compare("upsample", &[random("x", &[2, 5, 6, 24])], |t| ops::upsample_nearest_2x(&t[0]))?;
+    for (height, width, antialias) in [(7, 5, true), (24, 20, false), (4, 30, true)] {
+        compare(&format!("resize {height}x{width} {antialias}"), &[random("x", &[2, 12, 16, 3])], |t| {
+            ops::resize_bilinear(&t[0], height, width, antialias)
+        })?;
+    }
+    let matrices = [[[0.7, -0.2, 2.0], [0.25, 0.8, -1.0]], [[1.3, 0.1, -3.0], [-0.1, 0.9, 4.0]]];
+    compare("warp", &[random("x", &[2, 14, 13, 3])], |t| ops::warp_affine(&t[0], &matrices, 11, 12))
+}
