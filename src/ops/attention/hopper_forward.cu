@@ -38,18 +38,13 @@ struct Parameters {
   const uint8_t *use_reference;
   int64_t out_row, out_batch;
   int32_t tokens, own_tokens, reference_tokens, shared_reference, heads, query_tiles, tiles;
-  float unscale; // 1 / scale
   float scale; // softmax scale times log2 e: everything runs on powers of two
 };
 
-// Ring of stages: the slot and the parity of its present use.
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void next() {
-    if (++slot == STAGES) slot = 0, parity ^= 1;
-  }
-};
+// Use number n of a ring of stages: its slot, and the parity of the barrier phase that ends with its filling.
+static_assert((STAGES & STAGES - 1) == 0, "slots are counted in binary");
+__device__ inline uint32_t slot(uint32_t n) { return n % STAGES; }
+__device__ inline uint32_t parity(uint32_t n) { return n / STAGES & 1; }
 
 __device__ inline float exp2_unit(float x) {
   float y;
@@ -63,65 +58,102 @@ template <class T> __device__ inline uint32_t pack(float low, float high) {
   return r;
 }
 
-// Softmax of one thread's two rows (r and r + 8 of its warp's 16), online over the tiles.
-struct Softmax {
+// Softmax of one thread's two rows (r and r + 8 of its warp's 16) over the tiles of keys, relative to a maximum per row that need not be
+// the true one: in f32 exp2(x) is as exact at 2^60 as at 1. So the maximum of the first tile serves for all the others until the weights
+// of a tile grow beyond LIMIT; only then is that tile done again with a new maximum. This spares a compare per score and, more,
+// lets the exponentials start without waiting for a row's maximum.
+template <class T> struct Softmax {
+  static constexpr float LIMIT = std::is_same_v<T, __half> ? 16384.f : 1e18f; // of a thread's sum; the weights are rounded to T
   float maximum[2], sum[2];
-  float correction[2];
 
-  // s: scores of a tile, in place made exp2(scale * s - maximum). Columns from `valid` on are no keys.
-  __device__ void tile(float (&s)[KEYS / 2], float scale, float unscale, int valid) {
+  // Columns from `valid` on are no keys.
+  __device__ static void mask(float (&s)[KEYS / 2], int valid) {
     if (valid < KEYS) {
-      int column = (threadIdx.x & 3) * 2;
+      const int column = (threadIdx.x & 3) * 2;
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
         if (column + (i / 4) * 8 + (i & 1) >= valid) s[i] = -INFINITY;
     }
+  }
+
+  __device__ static void sums(const float (&s)[KEYS / 2], float (&t)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      // two chains, so that the compare units are not waited for
+      float a = s[row * 2], b = s[row * 2 + 1];
+#pragma unroll
+      for (int i = 4; i < KEYS / 2; i += 4) a += s[i + row * 2], b += s[i + row * 2 + 1];
+      t[row] = a + b;
+    }
+  }
+
+  // Scores become weights under the maximum raised to theirs; correction: what earlier weights are worth under it.
+  __device__ void raise(float (&s)[KEYS / 2], float scale, float (&correction)[2]) {
+    float t[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
       float a = s[row * 2], b = s[row * 2 + 1];
 #pragma unroll
       for (int i = 4; i < KEYS / 2; i += 4) a = fmaxf(a, s[i + row * 2]), b = fmaxf(b, s[i + row * 2 + 1]);
       a = fmaxf(a, b);
       a = fmaxf(a, __shfl_xor_sync(0xffffffff, a, 1));
       a = fmaxf(a, __shfl_xor_sync(0xffffffff, a, 2));
-#if POLY
-      float high = fmaxf(maximum[row], ceilf(a * scale));
-#else
-      float high = fmaxf(maximum[row], a * scale);
-#endif
+      const float high = fmaxf(maximum[row], a * scale);
       correction[row] = exp2_unit(maximum[row] - high);
       maximum[row] = high;
-      sum[row] *= correction[row];
     }
-#if POLY
-    float magic[2], low[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) magic[row] = 12582912.f - maximum[row], low[row] = (maximum[row] - 125.f) * unscale;
-#endif
+    for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_unit(fmaf(s[i], scale, -maximum[i >> 1 & 1]));
+    sums(s, t);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) sum[row] = sum[row] * correction[row] + t[row];
+  }
+
+  // Scores become weights under the maximum as it is; false, in all lanes alike, if it is too low for that.
+  __device__ bool keep(float (&s)[KEYS / 2], float scale) {
+    float t[2], offset[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) offset[row] = (126.f - maximum[row]) * (1.f / 252);
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i) {
-      int row = i >> 1 & 1;
-#if POLY
-      if (i % 16 >= 16 - POLY) {
-        float x = fmaxf(s[i], low[row]);
-        float shifted = fmaf(x, scale, magic[row]);
-        float r = fmaf(x, scale, magic[row] - shifted);
-        float p = fmaf(fmaf(fmaf(0.05517167f, r, 0.24261113f), r, 0.69326099f), r, 0.99992807f);
-        s[i] = __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-      } else
-#endif
+      const int row = i >> 1 & 1;
+      if (i % 16 < POLY) {
+        // A share of the powers is computed on the multiply-add units, which have time to spare where the special-function units have not:
+        // 2^x = 2^k 2^r, 2^r by a cubic (7e-5), k put into the exponent. x is confined to [-126, 126] by saturation.
+        const float y = __saturatef(fmaf(s[i], scale * (1.f / 252), offset[row]));
+        const float magic = 12582912.f - 126.f, k = fmaf(y, 252.f, magic), r = fmaf(y, 252.f, magic - k);
+        const float p = fmaf(fmaf(fmaf(0.05517167f, r, 0.24261113f), r, 0.69326099f), r, 0.99992807f);
+        s[i] = __int_as_float(__float_as_int(p) + (__float_as_int(k) << 23));
+      } else {
         s[i] = exp2_unit(fmaf(s[i], scale, -maximum[row]));
+      }
     }
+    sums(s, t);
+    if (__any_sync(0xffffffff, !(t[0] <= LIMIT && t[1] <= LIMIT))) return false;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float a = 0, b = 0;
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; i += 4) a += s[i + row * 2], b += s[i + row * 2 + 1];
-      sum[row] += a + b;
-    }
+    for (int row = 0; row < 2; ++row) sum[row] += t[row];
+    return true;
   }
 };
+
+// The scores of a warp's 16 queries and a tile's keys once more, by the warp alone. q and k: tiles in shared memory, 128-byte swizzle.
+template <class T> __device__ inline void scores_again(float (&s)[KEYS / 2], const uint8_t *q, const uint8_t *k) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;
+  const auto word = [](const uint8_t *tile, int row, int byte) {
+    return *reinterpret_cast<const uint32_t *>(tile + row * 128 + (byte ^ (row & 7) << 4));
+  };
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; ++i) s[i] = 0;
+#pragma unroll 1
+  for (int i = 0; i < D / 16; ++i) {
+    const int at = column + i * 32;
+    const uint32_t a[4] = {word(q, row, at), word(q, row + 8, at), word(q, row, at + 16), word(q, row + 8, at + 16)};
+#pragma unroll
+    for (int block = 0; block < KEYS / 8; ++block) {
+      const int key = block * 8 + threadIdx.x % 32 / 4;
+      mma_16x8x16<T>(s + block * 4, a, word(k, key, at), word(k, key, at + 16));
+    }
+  }
+}
 
 template <class T, int CONSUMERS>
 __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(const __grid_constant__ Parameters p) {
@@ -145,8 +177,8 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
   if (group == 0) {
     registers_lower<CONSUMERS == 3 ? 32 : 24>();
     if (threadIdx.x == 0) {
-      Ring ring;
-      int turn = 0;
+      uint32_t n = 0; // tiles of keys so far
+      uint32_t turn = 0;
       for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
         const int pair = tile / p.query_tiles, start = (tile - pair * p.query_tiles) * (ROWS * CONSUMERS);
         const int b = pair / p.heads, h = pair - b * p.heads;
@@ -156,15 +188,15 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
           load_box(shared.q[turn & 1][w], &p.q, &shared.q_full[turn & 1][w], 0, h, start + w * ROWS, b);
         }
         const int count = own_tiles + (p.use_reference == nullptr || p.use_reference[b] ? reference_tiles : 0);
-        for (int i = 0; i < count; ++i, ring.next()) {
+        for (int i = 0; i < count; ++i, ++n) {
           const bool own = i < own_tiles;
           const int row = (own ? i : i - own_tiles) * KEYS, sample = own || !p.shared_reference ? b : 0;
-          barrier_wait(&shared.k_empty[ring.slot], ring.parity ^ 1);
-          barrier_expect(&shared.k_full[ring.slot], KEYS * D * 2);
-          load_box(shared.k[ring.slot], own ? &p.k : &p.k2, &shared.k_full[ring.slot], 0, h, row, sample);
-          barrier_wait(&shared.v_empty[ring.slot], ring.parity ^ 1);
-          barrier_expect(&shared.v_full[ring.slot], KEYS * D * 2);
-          load_box(shared.v[ring.slot], own ? &p.v : &p.v2, &shared.v_full[ring.slot], 0, h, row, sample);
+          barrier_wait(&shared.k_empty[slot(n)], parity(n) ^ 1);
+          barrier_expect(&shared.k_full[slot(n)], KEYS * D * 2);
+          load_box(shared.k[slot(n)], own ? &p.k : &p.k2, &shared.k_full[slot(n)], 0, h, row, sample);
+          barrier_wait(&shared.v_empty[slot(n)], parity(n) ^ 1);
+          barrier_expect(&shared.v_full[slot(n)], KEYS * D * 2);
+          load_box(shared.v[slot(n)], own ? &p.v : &p.v2, &shared.v_full[slot(n)], 0, h, row, sample);
         }
       }
     }
@@ -172,38 +204,37 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
     registers_raise<CONSUMERS == 3 ? 160 : 240>();
     const int w = group - 1, lane = threadIdx.x & 31;
     const bool speaks = lane == 0;
-    Ring key, value; // the values trail the keys by one tile
-    int turn = 0;
+    uint32_t n = 0; // tiles of keys so far; the values trail by one
+    uint32_t turn = 0;
 #if TOKEN
     // The right to issue matrix products goes round among the warpgroups, so that one's softmax runs beside another's products.
     if (w == CONSUMERS - 1 && speaks) barrier_arrive(&shared.turn[0]);
-    uint32_t turns = 0;
 #endif
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
-      const int pair = tile / p.query_tiles, start = (tile - pair * p.query_tiles) * (ROWS * CONSUMERS);
-      const int b = pair / p.heads, h = pair - b * p.heads;
-      const int count = own_tiles + (p.use_reference == nullptr || p.use_reference[b] ? reference_tiles : 0);
+      const int count = own_tiles + (p.use_reference == nullptr || p.use_reference[tile / p.query_tiles / p.heads] ? reference_tiles : 0);
       const auto valid = [&](int i) {
         return i < own_tiles ? p.own_tokens - i * KEYS : p.reference_tokens - (i - own_tiles) * KEYS;
       };
       float o[D / 2], s[KEYS / 2];
       uint32_t weights[KEYS / 4];
-      Softmax softmax;
+      Softmax<T> softmax;
       softmax.maximum[0] = softmax.maximum[1] = -INFINITY, softmax.sum[0] = softmax.sum[1] = 0;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0;
       const uint64_t q = describe(shared.q[turn & 1][w]);
 
-      const auto scores = [&]() {
-        const uint64_t k = describe(shared.k[key.slot]);
+      // Issue the products with key tile m, with value tile m.
+      const auto scores = [&](uint32_t m) {
+        const uint64_t k = describe(shared.k[slot(m)]);
         pin(s);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) wgmma_64x128_shared<T>(s, q + i * 2, k + i * 2, i != 0);
         wgmma_commit();
       };
-      const auto products = [&]() {
-        const uint64_t v = describe(shared.v[value.slot]);
+      const auto products = [&](uint32_t m) {
+        barrier_wait(&shared.v_full[slot(m)], parity(m));
+        const uint64_t v = describe(shared.v[slot(m)]);
         pin(o);
         wgmma_fence();
 #pragma unroll
@@ -214,45 +245,56 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
 #pragma unroll
         for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack<T>(s[i * 2], s[i * 2 + 1]);
       };
+      const auto take_turn = [&]() { barrier_wait(&shared.turn[w], n & 1); };
+      const auto pass_turn = [&]() {
+        if (speaks) barrier_arrive(&shared.turn[w == CONSUMERS - 1 ? 0 : w + 1]);
+      };
 
       barrier_wait(&shared.q_full[turn & 1][w], turn >> 1 & 1);
-      barrier_wait(&shared.k_full[key.slot], key.parity);
-      scores();
+      barrier_wait(&shared.k_full[slot(n)], parity(n));
+      take_turn();
+      scores(n);
+      pass_turn();
       wgmma_wait<0>();
       pin(s);
-      if (speaks) barrier_arrive(&shared.k_empty[key.slot]);
-      key.next();
-      softmax.tile(s, p.scale, p.unscale, valid(0));
+      if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
+      softmax.mask(s, valid(0));
+      float none[2]; // nothing to correct yet
+      softmax.raise(s, p.scale, none);
       packed();
-      for (int i = 1; i < count; ++i) {
-        barrier_wait(&shared.k_full[key.slot], key.parity);
-#if TOKEN
-        barrier_wait(&shared.turn[w], turns);
-        turns ^= 1;
-#endif
-        scores();
-        barrier_wait(&shared.v_full[value.slot], value.parity);
-        products();
-#if TOKEN
-        if (speaks) barrier_arrive(&shared.turn[w == CONSUMERS - 1 ? 0 : w + 1]);
-#endif
+      if (++n, count > 1) barrier_wait(&shared.k_full[slot(n)], parity(n));
+      for (int i = 1; i < count; ++i, ++n) {
+        take_turn();
+        scores(n);
+        products(n - 1);
+        pass_turn();
         wgmma_wait<1>();
         pin(s);
-        if (speaks) barrier_arrive(&shared.k_empty[key.slot]);
-        key.next();
-        softmax.tile(s, p.scale, p.unscale, valid(i));
+        softmax.mask(s, valid(i));
+        if (!softmax.keep(s, p.scale)) {
+          wgmma_wait<0>();
+          pin(o);
+          scores_again<T>(s, reinterpret_cast<const uint8_t *>(shared.q[turn & 1][w]), reinterpret_cast<const uint8_t *>(shared.k[slot(n)]));
+          softmax.mask(s, valid(i));
+          float correction[2];
+          softmax.raise(s, p.scale, correction);
+#pragma unroll
+          for (int j = 0; j < D / 2; ++j) o[j] *= correction[j >> 1 & 1];
+        }
+        if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
         pin(s); // the exponentials stay before the wait: they run beside the product with the values
+        if (i + 1 < count) barrier_wait(&shared.k_full[slot(n + 1)], parity(n + 1));
         wgmma_wait<0>();
         pin(o);
-        if (speaks) barrier_arrive(&shared.v_empty[value.slot]);
-        value.next();
-#pragma unroll
-        for (int j = 0; j < D / 2; ++j) o[j] *= softmax.correction[j >> 1 & 1];
+        if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
         packed();
       }
       if (speaks) barrier_arrive(&shared.q_empty[turn & 1][w]);
-      barrier_wait(&shared.v_full[value.slot], value.parity);
-      products();
+      products(n - 1);
+      int place = tile; // taken apart only now, so that its parts hold no registers in the loop
+      asm volatile("" : "+r"(place));
+      const int pair = place / p.query_tiles, start = (place - pair * p.query_tiles) * (ROWS * CONSUMERS);
+      const int b = pair / p.heads, h = pair - b * p.heads;
       float inverse[2];
       const int first = start + w * ROWS + (threadIdx.x / 32 % 4) * 16 + lane / 4, column = lane & 3;
 #pragma unroll
@@ -266,8 +308,7 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
       }
       wgmma_wait<0>();
       pin(o);
-      if (speaks) barrier_arrive(&shared.v_empty[value.slot]);
-      value.next();
+      if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
       // A thread holds 2 neighbouring columns of each of 8 groups of 8; the four threads of a row trade them for whole groups (16 bytes),
       // so that a row is written in whole sectors.
 #pragma unroll
@@ -351,7 +392,7 @@ extern "C" int lcm_attention_forward_hopper(const LcmAttention *args, cudaStream
     return -1;
   p.out = a.out, p.lse = a.lse, p.use_reference = a.use_reference, p.out_row = a.out_row, p.out_batch = a.out_batch;
   p.tokens = a.tokens, p.own_tokens = a.own_tokens, p.reference_tokens = reference ? a.reference_tokens : 0, p.shared_reference = a.reference_batch == 1;
-  p.heads = a.heads, p.scale = a.scale * 1.4426950408889634f, p.unscale = 1 / p.scale;
+  p.heads = a.heads, p.scale = a.scale * 1.4426950408889634f;
 #ifdef ONLY_BF16
   return launch<__nv_bfloat16, WGS>(a, p, processors, stream);
 #else

@@ -87,4 +87,12 @@ template <class T> __device__ inline void wgmma_64x64_registers(float (&d)[32], 
   else LCM_RS("bf16");
 }
 
+// The same by one warp: d (16 x 8) += A (16 x 16) B^T (8 x 16), all in registers.
+#define LCM_MMA(T) asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." T "." T ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+template <class T> __device__ inline void mma_16x8x16(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (__is_same(T, __half)) LCM_MMA("f16");
+  else LCM_MMA("bf16");
+}
+
 } // namespace lcm::hopper
