@@ -1,0 +1,133 @@
+// Cross-attention to text and image tokens (IP-Adapter, Ye et al. 2023): two softmaxes over the same queries, one kernel.
+#include "cross.cuh"
+
+namespace cross {
+
+struct Forward {
+  LcmAttention a; // k, v: text; k2, v2: image tokens
+  float image_scale;
+  float *lse_image;
+};
+
+// scores (16 x 16 GROUPS), of which `count` columns are real, become exp(scale (score - maximum of its row)); returns for a thread's two rows the inverse of
+// the sum and the log-sum-exp.
+template <int GROUPS> __device__ __forceinline__ void softmax(float (&scores)[2 * GROUPS][4], int count, float scale, float (&inverse)[2], float (&lse)[2]) {
+#pragma unroll
+  for (int n = 0; n < 2 * GROUPS; n++)
+    if (n * 8 + 8 > count) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (n * 8 + threadIdx.x % 4 * 2 + e % 2 >= count) scores[n][e] = -INFINITY;
+    }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float highest = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < 2 * GROUPS; n++) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    const float shift = highest * scale * mma::LOG2_E;
+#pragma unroll
+    for (int n = 0; n < 2 * GROUPS; n++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) sum += scores[n][e] = mma::exp2_fast(scores[n][e] * (scale * mma::LOG2_E) - shift);
+    sum = sum_of_row(sum);
+    inverse[half] = 1.f / sum;
+    lse[half] = highest * scale + __logf(sum);
+  }
+}
+
+// out (batch, tokens, heads * 64) = softmax(scale q k^T) v + image_scale softmax(scale q k2^T) v2, with up to 16 TEXT and 16 IMAGE keys, and both
+// log-sum-exps (batch, heads, tokens) where wanted. Grid: (shares of the queries, heads, batch). A block keeps the head's keys and values in shared memory;
+// each of its 4 warps goes over tiles of 16 queries, all of whose scores fit its registers, while the next two tiles are on their way.
+template <typename T, int TEXT, int IMAGE>
+__global__ void __launch_bounds__(THREADS, TEXT > 5 ? 2 : 4) forward(const __grid_constant__ Forward call) {
+  constexpr int TEXT_SIZE = TEXT * 16 * STRIDE<D>, IMAGE_SIZE = IMAGE * 16 * STRIDE<D>;
+  const LcmAttention &a = call.a;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int head = blockIdx.y, sample = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = head * D;
+  uint4 *ring = reinterpret_cast<uint4 *>(shared) + warp * STAGES * 4 * 32;
+  T *keys = reinterpret_cast<T *>(shared + THREADS * STAGES * 4 * sizeof(uint4)), *values = keys + TEXT_SIZE;
+  T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
+
+  const Share share(a.tokens);
+  const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column;
+  T *out = static_cast<T *>(a.out) + sample * a.out_batch + column;
+#pragma unroll
+  for (int stage = 0; stage < STAGES; stage++) {
+    const int tile = share.begin + warp + stage * WARPS;
+    if (tile < share.end) copy_rows(ring + stage * 4 * 32, q, a.q_row, tile * ROWS, a.tokens);
+    mma::commit();
+  }
+  const bool image = portable::sees_reference(a, sample);
+  load_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
+  load_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
+  if (image) {
+    const int from = a.reference_batch == 1 ? 0 : sample;
+    load_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
+    load_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
+  }
+  __syncthreads();
+
+  int stage = 0;
+  for (int tile = share.begin + warp; tile < share.end; tile += WARPS) {
+    mma::wait<STAGES - 1>();
+    const Operand queries = read_rows(ring + stage * 4 * 32);
+    if (tile + STAGES * WARPS < share.end) copy_rows(ring + stage * 4 * 32, q, a.q_row, (tile + STAGES * WARPS) * ROWS, a.tokens);
+    mma::commit();
+    stage = (stage + 1) % STAGES;
+
+    float sums[D / 8][4] = {}, inverse[2], lse[2], lse_image[2] = {0.f, 0.f};
+    {
+      float weights[2 * TEXT][4];
+      dot_keys<T, TEXT>(weights, queries, keys);
+      softmax<TEXT>(weights, a.own_tokens, a.scale, inverse, lse);
+      portable::add_weighted<T, TEXT * 16, D>(sums, weights, values);
+#pragma unroll
+      for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[n][e] *= inverse[e / 2];
+    }
+    if (image) {
+      float weights[2 * IMAGE][4];
+      dot_keys<T, IMAGE>(weights, queries, image_keys);
+      softmax<IMAGE>(weights, a.reference_tokens, a.scale, inverse, lse_image);
+#pragma unroll
+      for (int n = 0; n < 2 * IMAGE; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) weights[n][e] *= inverse[e / 2] * call.image_scale;
+      portable::add_weighted<T, IMAGE * 16, D>(sums, weights, image_values);
+    }
+    write_rows(sums, out, a.out_row, tile * ROWS, a.tokens);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = tile * ROWS + lane / 4 + half * 8;
+      const int64_t at = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens + row;
+      if (lane % 4 == 0 && row < a.tokens) {
+        if (a.lse != nullptr) a.lse[at] = lse[half];
+        if (call.lse_image != nullptr) call.lse_image[at] = lse_image[half];
+      }
+    }
+  }
+}
+
+template <typename T, int TEXT, int IMAGE> int launch_forward(const Forward &call, cudaStream_t stream) {
+  const LcmAttention &a = call.a;
+  const dim3 grid(shares(a, static_cast<int64_t>(a.heads) * a.batch, TEXT > 5 ? 2 : 4), a.heads, a.batch);
+  const size_t shared = THREADS * STAGES * 4 * sizeof(uint4) + 2 * 16 * (TEXT + IMAGE) * STRIDE<D> * sizeof(T);
+  return portable::launch(forward<T, TEXT, IMAGE>, grid, THREADS, shared, call, stream);
+}
+
+} // namespace cross
+
+// `call`'s k2, v2 are the image tokens' keys and values; lse (of the text) and lse_image may be null. -1: not head_dim 64, not 16-bit, more than 128 keys of a
+// kind, or rows that do not start at a multiple of 16 bytes.
+extern "C" int lcm_cross_attention_forward(const LcmAttention *call, float image_scale, float *lse_image, cudaStream_t stream) {
+  using namespace cross;
+  const LcmAttention &a = *call;
+  if (!cross::is_supported(a)) return -1;
+  const Forward argument{a, image_scale, lse_image};
+  if (a.dtype == portable::BF16)
+    return is_small(a) ? launch_forward<__nv_bfloat16, 5, 1>(argument, stream) : launch_forward<__nv_bfloat16, 8, 8>(argument, stream);
+  return is_small(a) ? launch_forward<__half, 5, 1>(argument, stream) : launch_forward<__half, 8, 8>(argument, stream);
+}
