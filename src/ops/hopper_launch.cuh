@@ -94,6 +94,32 @@ inline Plan choose_plan(int64_t boxes_128, int columns, int max_steps, int multi
   return best;
 }
 
+// Cuts the output of `phases` phases into boxes, tiles and clusters. Returns the pixels of a tile; `box` is that of A's tensor maps.
+inline int cut(Problem &p, int phases, int multiprocessors, int (&box)[4]) {
+  const int height = (p.height + p.stride - 1) / p.stride, width = (p.width + p.stride - 1) / p.stride;
+  int most = 0;
+  for (int i = 0; i < phases; ++i) most = max(most, static_cast<int>(p.steps[i]));
+  int boxes = choose_box(7, p.samples, height, width, &p.log_w, &p.log_h);
+  const Plan plan = choose_plan(static_cast<int64_t>(boxes) * phases, p.columns, most, multiprocessors);
+  const int box_log = plan.rows == 256 ? 7 : 6;
+  boxes = choose_box(box_log, p.samples, height, width, &p.log_w, &p.log_h);
+  p.boxes_x = (width + (1 << p.log_w) - 1) >> p.log_w;
+  p.boxes_y = (height + (1 << p.log_h) - 1) >> p.log_h;
+  p.cm = plan.cm, p.cn = plan.cn, p.split = plan.split;
+  p.tiles_m = (boxes + 2 * p.cm - 1) / (2 * p.cm);
+  p.tiles_n = (p.columns + kColumns * p.cn - 1) / (kColumns * p.cn);
+  p.tiles = p.tiles_m * p.tiles_n * phases;
+  box[0] = kDepth, box[1] = 1 << p.log_w, box[2] = 1 << p.log_h, box[3] = 1 << (box_log - p.log_w - p.log_h);
+  return plan.rows;
+}
+
+// The tensor map of weights (output channels, taps, input channels); `transposed`: they are read for the gradient of the input.
+inline bool encode_weights(CUtensorMap *map, const Problem &p, bool half, bool transposed, const void *weight, int64_t input, int64_t taps, int64_t output) {
+  const int64_t sizes[3] = {input, taps, output}, strides[2] = {input, input * taps};
+  const int forward_box[3] = {kDepth, 1, kColumns / p.cm}, transposed_box[3] = {kBlock, 1, kDepth / p.cm};
+  return encode(map, half, 3, weight, sizes, strides, transposed ? transposed_box : forward_box, !transposed || kBlock == 64);
+}
+
 template <int kRows, bool kTransposed, bool kHalf> int launch(const Problem &problem, int multiprocessors, cudaStream_t stream) {
   using L = Layout<kRows, kTransposed>;
   auto kernel = gemm<kRows, kTransposed, kHalf>;
@@ -120,9 +146,12 @@ template <int kRows, bool kTransposed, bool kHalf> int launch(const Problem &pro
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, problem);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
-template <int kRows> int launch(const Problem &problem, bool transposed, bool half, int multiprocessors, cudaStream_t stream) {
-  if (transposed) return half ? launch<kRows, true, true>(problem, multiprocessors, stream) : launch<kRows, true, false>(problem, multiprocessors, stream);
-  return half ? launch<kRows, false, true>(problem, multiprocessors, stream) : launch<kRows, false, false>(problem, multiprocessors, stream);
+template <int kRows, bool kTransposed> int launch(const Problem &problem, bool half, int multiprocessors, cudaStream_t stream) {
+  return half ? launch<kRows, kTransposed, true>(problem, multiprocessors, stream) : launch<kRows, kTransposed, false>(problem, multiprocessors, stream);
+}
+inline int launch(const Problem &problem, int rows, bool transposed, bool half, int multiprocessors, cudaStream_t stream) {
+  if (rows == 256) return transposed ? launch<256, true>(problem, half, multiprocessors, stream) : launch<256, false>(problem, half, multiprocessors, stream);
+  return transposed ? launch<128, true>(problem, half, multiprocessors, stream) : launch<128, false>(problem, half, multiprocessors, stream);
 }
 
 inline bool aligned(const void *pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0; }

@@ -18,27 +18,14 @@ struct Shape {
 
 int floor_div(int a, int b) { return (a - ((a % b) + b) % b) / b; }
 
-// Fills the parts of the problem that both directions share, and starts it. `sources` images (channels, width, height) of A.
+// Fills in the parts of the problem that both directions share, and starts it. `source` is x, or dy for the gradient.
 int run(Problem &p, const Shape &s, bool gradient, int phases, const void *source, const void *weight, bool half, cudaStream_t stream) {
-  int multiprocessors = hopper_multiprocessors();
+  const int multiprocessors = hopper_multiprocessors();
   if (!multiprocessors) return -1;
-  const int phase_height = (p.height + p.stride - 1) / p.stride, phase_width = (p.width + p.stride - 1) / p.stride;
-  int boxes = choose_box(7, p.samples, phase_height, phase_width, &p.log_w, &p.log_h);
-  int most = 0;
-  for (int i = 0; i < phases; ++i) most = max(most, static_cast<int>(p.steps[i]));
-  Plan plan = choose_plan(static_cast<int64_t>(boxes) * phases, p.columns, most, multiprocessors);
-  int box_log = plan.rows == 256 ? 7 : 6;
-  boxes = choose_box(box_log, p.samples, phase_height, phase_width, &p.log_w, &p.log_h);
-  p.boxes_x = (phase_width + (1 << p.log_w) - 1) >> p.log_w;
-  p.boxes_y = (phase_height + (1 << p.log_h) - 1) >> p.log_h;
-  p.cm = plan.cm, p.cn = plan.cn, p.split = plan.split;
-  p.tiles_m = (boxes + 2 * p.cm - 1) / (2 * p.cm);
-  p.tiles_n = (p.columns + kColumns * p.cn - 1) / (kColumns * p.cn);
-  p.tiles = p.tiles_m * p.tiles_n * phases;
-
+  int box[4];
+  const int rows = cut(p, phases, multiprocessors, box);
   const int channels = gradient ? s.output_channels : s.input_channels;
   const int height = gradient ? s.out_height : s.height, width = gradient ? s.out_width : s.width, parities = gradient ? 1 : s.stride;
-  const int box[4] = {kDepth, 1 << p.log_w, 1 << p.log_h, 1 << (box_log - p.log_w - p.log_h)};
   for (int y = 0; y < parities; ++y)
     for (int x = 0; x < parities; ++x) {
       const char *base = static_cast<const char *>(source) + 2ll * channels * (static_cast<int64_t>(y) * width + x);
@@ -46,10 +33,8 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
       const int64_t strides[3] = {static_cast<int64_t>(channels) * parities, static_cast<int64_t>(channels) * width * parities, static_cast<int64_t>(channels) * width * height};
       if (!encode(&p.a[y * parities + x], half, 4, base, sizes, strides, box, true)) return -1;
     }
-  const int64_t taps = s.kernel * s.kernel, sizes[3] = {s.input_channels, taps, s.output_channels}, strides[2] = {s.input_channels, s.input_channels * taps};
-  const int forward_box[3] = {kDepth, 1, kColumns / p.cm}, gradient_box[3] = {kBlock, 1, kDepth / p.cm};
-  if (!encode(&p.b[0], half, 3, weight, sizes, strides, gradient ? gradient_box : forward_box, !gradient || kBlock == 64)) return -1;
-  return plan.rows == 256 ? launch<256>(p, gradient, half, multiprocessors, stream) : launch<128>(p, gradient, half, multiprocessors, stream);
+  if (!encode_weights(&p.b[0], p, half, gradient, weight, s.input_channels, s.kernel * s.kernel, s.output_channels)) return -1;
+  return launch(p, rows, gradient, half, multiprocessors, stream);
 }
 
 bool accepts(Shape &s, int dtype) {
