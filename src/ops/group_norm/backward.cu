@@ -200,7 +200,7 @@ extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const voi
                                        int channels2, int groups, int activation, int dtype, void *workspace,
                                        cudaStream_t stream) {
   int channels = channels1 + channels2;
-  if (!takes(batch, pixels, channels1, channels2, groups, activation)) return -1;
+  if (!takes(batch, pixels, channels1, channels2, groups, activation) || (dx1 && channels2 > 0 && !dx2)) return -1;
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 &&
                     aligned(x1, x2, weight, bias, dy, dx1, dx2);
   return dispatch(dtype, vectorised, [&](auto kind) {
