@@ -155,12 +155,7 @@ fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
 }
 
 /// Makes the chain of tokens and hangs the outputs off its end.
-fn tie(
-    node: Node,
-    variables: Vec<bool>,
-    tracked: &[(usize, &Tensor)],
-    outputs: Vec<Output>,
-) -> Result<Vec<Tensor>> {
+fn tie(node: Node, variables: Vec<bool>, tracked: &[(usize, &Tensor)], outputs: Vec<Output>) -> Result<Vec<Tensor>> {
     let shared = Arc::new(Shared {
         node,
         variables,

@@ -47,11 +47,7 @@ impl Sums {
     }
 }
 
-pub(super) fn backward(
-    tape: Tape,
-    inputs: Vec<Option<TensorId>>,
-    seeds: Vec<(TensorId, Tensor)>,
-) -> Result<Gradients> {
+pub(super) fn backward(tape: Tape, inputs: Vec<Option<TensorId>>, seeds: Vec<(TensorId, Tensor)>) -> Result<Gradients> {
     let mut sums = Sums::default();
     for (id, gradient) in seeds {
         sums.accumulate(id, gradient)?;

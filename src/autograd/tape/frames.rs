@@ -109,9 +109,7 @@ pub(super) fn with_tape<T>(change: impl FnOnce(&mut Tape) -> T) -> Option<T> {
 
 /// Whether a tape further down has a tensor: for what is above, that tensor is a leaf.
 pub(super) fn is_on_some_tape(id: TensorId) -> bool {
-    FRAMES.with(|frames| {
-        frames.borrow().iter().any(|frame| matches!(frame, Frame::Record(tape) if tape.has(id)))
-    })
+    FRAMES.with(|frames| frames.borrow().iter().any(|frame| matches!(frame, Frame::Record(tape) if tape.has(id))))
 }
 
 /// The next value kept by the first run of the segment now run again, for a function and its inputs.

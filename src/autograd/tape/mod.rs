@@ -60,10 +60,7 @@ pub struct Recording {
 /// assert_eq!(gradients.of(&weight).unwrap().to_vec2::<f32>()?, [[2.0]]);
 /// # Ok::<(), lcm_lookahead::Error>(())
 /// ```
-pub fn record(
-    inputs: &[Tensor],
-    segment: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>,
-) -> Result<Recording> {
+pub fn record(inputs: &[Tensor], segment: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>) -> Result<Recording> {
     record_with(inputs, &[], Vec::new(), segment)
 }
 

@@ -10,6 +10,7 @@ use super::transformer::{BlockInputs, Transformer, TransformerOutput};
 use super::{Conditioning, Config};
 use crate::autograd::recompute;
 use crate::nn::Weights;
+use crate::ops::concat_channels;
 use crate::{Error, Result};
 
 /// The state of one run.
@@ -227,7 +228,7 @@ impl Up {
     pub fn forward(&self, mut x: Tensor, skips: &mut Vec<Tensor>, run: &mut Run<'_>) -> Result<Option<Tensor>> {
         for (i, resnet) in self.resnets.iter().enumerate() {
             if let Some(skip) = skips.pop() {
-                x = Tensor::cat(&[&x, &skip], 3)?;
+                x = concat_channels(&x, &skip)?;
             }
             match run.layer(resnet, self.attentions.get(i), &x)? {
                 Some(hidden) => x = hidden,

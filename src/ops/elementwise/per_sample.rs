@@ -32,7 +32,8 @@ pub fn add_per_sample(x: &Tensor, vectors: &Tensor) -> Result<Tensor> {
 struct AddPerSample;
 
 fn on_cpu(tensor: &Tensor) -> bool {
-    matches!(tensor.device(), Device::Cpu) && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
+    matches!(tensor.device(), Device::Cpu)
+        && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
 }
 
 /// Samples, places of a sample, channels.
@@ -63,9 +64,7 @@ impl Function for AddPerSample {
         let gradient = context.gradient()?;
         let of_vectors = match context.needs[1] {
             false => None,
-            true if on_cpu(gradient) => {
-                Some(dispatch!("add_per_sample", gradient, T => sum_of_places::<T>(gradient))?)
-            }
+            true if on_cpu(gradient) => Some(dispatch!("add_per_sample", gradient, T => sum_of_places::<T>(gradient))?),
             true => {
                 // A product with ones: it sums in f32 whatever the dtype, which candle's sum does not.
                 let (batch, places, channels) = sizes(gradient);
