@@ -8,7 +8,7 @@ mod stack;
 pub mod tape;
 
 pub use check::{GradientCheck, check_gradients};
-pub use function::{Backward, Forward, Function, Output, apply, apply_many};
+pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
 pub(crate) use function::{View, apply_views, dense};
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub use stack::with_large_stack;

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Tensor, Var};
 
-use super::function::{Backward, Forward, Function, Output, apply_many};
+use super::function::{Backward, Forward, Function, Output, Value, apply_many};
 use super::tape::{self, Discovery, Kept, Mode};
 use crate::{Error, Result};
 
@@ -220,12 +220,8 @@ where
         }
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        // Of its own: `all`.
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
+        // It has the inputs as parts of the graph, in `all`.
         false
     }
 }

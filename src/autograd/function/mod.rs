@@ -35,11 +35,11 @@ pub(crate) use view::{View, apply_views};
 
 /// What [`Function::backward`] gets.
 pub struct Backward<'a> {
-    /// The inputs as `forward` got them: detached and contiguous. An input that [`Function::uses_input`] disclaimed has
+    /// The inputs as `forward` got them: detached and contiguous. An input that [`Function::uses`] disclaimed has
     /// its shape and dtype, but neither values nor memory.
     pub inputs: &'a [Tensor],
     /// The outputs; `None` where an output is no part of the loss (never for the output of a one-output function), or
-    /// where [`Function::uses_output`] disclaimed them.
+    /// where [`Function::uses`] disclaimed them.
     pub outputs: &'a [Option<Tensor>],
     /// What `forward` saved.
     pub saved: &'a [Tensor],
@@ -62,6 +62,15 @@ impl Backward<'_> {
     }
 }
 
+/// A value that an applied function could keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// The input at a position.
+    Input(usize),
+    /// The outputs.
+    Outputs,
+}
+
 /// A differentiable function of tensors.
 pub trait Function: Send + Sync + 'static {
     /// A short name for error messages.
@@ -79,15 +88,10 @@ pub trait Function: Send + Sync + 'static {
     /// Where a computation fails.
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>>;
 
-    /// Whether [`Function::backward`] reads the values of the input at `position`, where gradients are wanted for the
-    /// inputs that `needs` marks. A tape lets go of an input nobody reads: the `x` of a frozen linear layer.
-    fn uses_input(&self, position: usize, needs: &[bool]) -> bool {
-        let _ = (position, needs);
-        true
-    }
-
-    /// Whether [`Function::backward`] reads the values of the outputs. A tape lets go of them where not.
-    fn uses_output(&self) -> bool {
+    /// Whether [`Function::backward`] reads this value, where gradients are wanted for the inputs that `needs` marks.
+    /// A tape lets go of what nobody reads: the `x` of a frozen linear layer, both terms of a sum.
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        let _ = (value, needs);
         true
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use super::{Backward, Function};
+use super::{Backward, Function, Value};
 use crate::autograd::tape;
 use crate::{Error, Result};
 
@@ -42,7 +42,7 @@ impl Node {
             shape: input.shape().clone(),
             dtype: input.dtype(),
             device: input.device().clone(),
-            values: function.uses_input(position, &needs).then_some(input),
+            values: function.uses(Value::Input(position), &needs).then_some(input),
         };
         let inputs = inputs.into_iter().enumerate().map(input).collect();
         Node { function, inputs, saved, needs }

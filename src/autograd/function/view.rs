@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Backward, Forward, Function, Output};
+use super::{Backward, Forward, Function, Output, Value};
 use crate::Result;
 use crate::autograd::tape::{self, Mode};
 
@@ -46,11 +46,7 @@ impl<V: View> Function for Viewed<V> {
         Ok(vec![Some(self.0.backward(context)?)])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

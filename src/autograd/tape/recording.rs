@@ -6,7 +6,7 @@ use candle_core::{Tensor, TensorId};
 
 use super::discovery::Kept;
 use super::frames::{next_kept, with_tape};
-use crate::autograd::function::{self, Forward, Function, Node, Output};
+use crate::autograd::function::{self, Forward, Function, Node, Output, Value};
 use crate::autograd::tape;
 use crate::{Error, Result};
 
@@ -91,9 +91,9 @@ pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor])
     if !tracked {
         return Ok(outputs.iter().map(Tensor::detach).collect());
     }
-    let wanted = function.uses_output();
+    let needs: Vec<bool> = ids.iter().map(Option::is_some).collect();
+    let wanted = function.uses(Value::Outputs, &needs);
     let noted = outputs.iter().map(|output| (output.id(), wanted.then(|| output.detach()))).collect();
-    let needs = ids.iter().map(Option::is_some).collect();
     let node = Node::new(function, detached, saved, needs);
     with_tape(|tape| tape.add(Note { node, inputs: ids, outputs: noted }));
     Ok(outputs)

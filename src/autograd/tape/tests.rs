@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Var};
 
 use super::*;
 use crate::autograd::{
-    Backward, Forward, Function, Output, apply, apply_many, check_gradients, recomputations, recompute,
+    Backward, Forward, Function, Output, Value, apply, apply_many, check_gradients, recomputations, recompute,
     recompute_keeping,
 };
 use crate::ops::{Activation, activation, add, linear, reshape, split};
@@ -318,10 +318,7 @@ impl Function for Forgetful {
         assert_eq!((x.dims(), x.dtype(), x.stride()), (&[2, 3][..], DType::F64, &[0, 0][..]));
         Ok(vec![Some((context.gradient()? * &context.saved[0])?)])
     }
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

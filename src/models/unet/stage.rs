@@ -8,7 +8,7 @@ use super::pass::{KeyValues, Pass, Recording};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::transformer::{BlockInputs, Transformer, TransformerOutput};
 use super::{Conditioning, Config};
-use crate::autograd::recompute;
+use crate::autograd::{recompute, recompute_keeping};
 use crate::nn::Weights;
 use crate::ops::concat_channels;
 use crate::{Error, Result};
@@ -83,7 +83,8 @@ impl<'a> Run<'a> {
         // The reference and the image keys and values come in as inputs, so the pass itself needs none of them.
         let pass = Pass { reference: None, ..self.pass.clone() };
         let last = self.last.map(str::to_string);
-        let mut outputs = recompute(&all, move |tensors| {
+        let keep = pass.keep_attention;
+        let segment = move |tensors: &[Tensor]| {
             let mut rest = tensors[2..].iter().cloned();
             let mut pair = |present: bool| match present {
                 true => rest.next().zip(rest.next()),
@@ -97,7 +98,8 @@ impl<'a> Run<'a> {
                 transformer.forward(&tensors[0], &tensors[1], &inputs, &pass, recording.as_ref(), last.as_deref())?;
             let recorded = output.recorded.into_iter().flat_map(|(key, value)| [key, value]);
             Ok(recorded.chain(output.hidden).collect())
-        })?;
+        };
+        let mut outputs = if keep { recompute_keeping(&all, segment)? } else { recompute(&all, segment)? };
         let hidden = if outputs.len() % 2 == 1 { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let recorded = std::iter::from_fn(|| outputs.next().zip(outputs.next())).collect();

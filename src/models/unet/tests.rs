@@ -208,8 +208,8 @@ fn recomputed_segments_run_on_the_tape_alone_and_give_the_same_gradients() -> Re
     let (latents, text) = (Var::from_tensor(&normal("latents", &[2, 4, 4, 4])?)?, conditioning(&config, 2)?);
     let mut gradients = Vec::new();
     let before = recomputations();
-    for recompute in [false, true] {
-        let pass = Pass { loras: Loras::one(&lora, 0.7), recompute, ..Pass::default() };
+    for (recompute, keep_attention) in [(false, false), (true, false), (true, true)] {
+        let pass = Pass { loras: Loras::one(&lora, 0.7), recompute, keep_attention, ..Pass::default() };
         let recording = Recording::default();
         let reference = unet.record(&latents, &[500, 20], &text, &pass, &recording)?;
         let pass = Pass { reference: Some(reference), ..pass };
@@ -219,14 +219,16 @@ fn recomputed_segments_run_on_the_tape_alone_and_give_the_same_gradients() -> Re
     let after = recomputations();
     // Eight resnets and four transformers; the recording ends before the last two resnets.
     assert_eq!(after.on_graph, before.on_graph);
-    assert_eq!(after.on_tape - before.on_tape, 22);
+    assert_eq!(after.on_tape - before.on_tape, 2 * 22);
     let mut all = parameters.all();
     all.push(("latents".into(), latents));
     for (name, variable) in all {
-        let (plain, recomputed) = (gradients[0].get(&variable), gradients[1].get(&variable));
-        let (Some(plain), Some(recomputed)) = (plain, recomputed) else { panic!("no gradient for {name}") };
+        let [Some(plain), Some(recomputed), Some(kept)] = [0, 1, 2].map(|i| gradients[i].get(&variable)) else {
+            panic!("no gradient for {name}");
+        };
         let size = plain.abs()?.max_all()?.to_scalar::<f64>()?;
         assert!(size > 0.0 && distance(plain, recomputed)? < 1e-12 * size.max(1e-3), "{name}");
+        assert_eq!(distance(recomputed, kept)?, 0.0, "{name}");
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::support::{Real, dispatch};
 use crate::Result;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 
 /// A pointwise activation function. Named as `hidden_act` / `act_fn` in the configurations of transformers and
 /// diffusers name it.
@@ -120,5 +120,9 @@ impl Function for Pointwise {
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         dispatch!("activation", context.inputs[0], T => cpu::backward::<T>(self.0, context))
+    }
+
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value != Value::Outputs
     }
 }

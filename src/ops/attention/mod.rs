@@ -114,4 +114,8 @@ impl Function for Attention {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         dispatch!("attention", context.inputs[0], T => backward::backward::<T>(self, context))
     }
+
+    fn keep(&self) -> bool {
+        true
+    }
 }

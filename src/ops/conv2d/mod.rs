@@ -6,9 +6,10 @@ mod tests;
 
 use candle_core::Tensor;
 
+use super::elementwise::reshape;
 use super::linear::linear;
 use super::support::{dispatch, same_kind};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Two-dimensional cross-correlation (torch: `F.conv2d`, in channels-last layout).
@@ -51,7 +52,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
         return wrong("weight", room, format!("a kernel of {kernel_height} x {kernel_width}"));
     }
     if (kernel_height, kernel_width, stride, padding) == (1, 1, 1, 0) {
-        return linear(x, &weight.reshape((out, channels))?, bias);
+        return linear(x, &reshape(weight, (out, channels))?, bias);
     }
     match bias {
         Some(bias) => apply(Conv2d { stride, padding }, &[x, weight, bias]),
@@ -75,5 +76,14 @@ impl Function for Conv2d {
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         dispatch!("conv2d", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        // Each factor for the other's gradient.
+        match value {
+            Value::Input(0) => needs[1],
+            Value::Input(1) => needs[0],
+            _ => false,
+        }
     }
 }

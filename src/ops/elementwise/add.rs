@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::storage;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::ops::support::same_kind;
 use crate::{Error, Result};
 
@@ -52,11 +52,7 @@ impl Function for Add {
         Ok(vec![Some(gradient.clone()), of_b])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::storage;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// `x` in another floating-point dtype; its gradient comes back in the dtype of `x`. The same dtype returns `x` itself.
@@ -40,11 +40,7 @@ impl Function for Cast {
         Ok(vec![Some(context.gradient()?.to_dtype(self.from)?)])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

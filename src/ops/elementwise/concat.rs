@@ -3,7 +3,7 @@
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{D, Storage, Tensor};
 
-use crate::autograd::{Backward, Forward, Function, Output, apply};
+use crate::autograd::{Backward, Forward, Function, Output, Value, apply};
 use crate::ops::support::same_kind;
 use crate::{Error, Result};
 
@@ -52,11 +52,7 @@ impl Function for ConcatChannels {
         Ok(vec![Some(gradient.narrow(D::Minus1, 0, a)?), Some(gradient.narrow(D::Minus1, a, b)?)])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::Result;
-use crate::autograd::{Backward, Forward, Function, Output, apply, dense};
+use crate::autograd::{Backward, Forward, Function, Output, Value, apply, dense};
 
 /// `(batch, channels, height, width)` to `(batch, height, width, channels)`.
 ///
@@ -44,11 +44,7 @@ impl Function for Permute {
         Ok(vec![Some(context.gradient()?.permute(self.back)?)])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

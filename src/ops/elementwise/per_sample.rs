@@ -4,7 +4,7 @@ use candle_core::{Device, Layout, Tensor};
 use rayon::prelude::*;
 
 use super::storage;
-use crate::autograd::{Backward, Forward, Function, Output, apply};
+use crate::autograd::{Backward, Forward, Function, Output, Value, apply};
 use crate::ops::support::{Real, dispatch, same_kind, tensor, values};
 use crate::{Error, Result};
 
@@ -76,11 +76,7 @@ impl Function for AddPerSample {
         Ok(vec![Some(gradient.clone()), of_vectors])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::storage;
 use crate::Result;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 
 /// `x * factor`, for `x` of any shape. A factor of 1 returns `x` itself.
 ///
@@ -34,11 +34,7 @@ impl Function for Scale {
         Ok(vec![Some((context.gradient()? * self.factor)?)])
     }
 
-    fn uses_input(&self, _: usize, _: &[bool]) -> bool {
-        false
-    }
-
-    fn uses_output(&self) -> bool {
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
 }

@@ -7,7 +7,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::dispatch;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// `a * gelu(b)` where `a` and `b` are the first and the second half of the channels (diffusers: `GEGLU` after its
@@ -37,5 +37,9 @@ impl Function for Geglu {
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         dispatch!("geglu", context.inputs[0], T => cpu::backward::<T>(context))
+    }
+
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value != Value::Outputs
     }
 }

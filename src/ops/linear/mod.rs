@@ -7,7 +7,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, same_kind};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// `x W^T + b` (torch: `F.linear`).
@@ -48,5 +48,14 @@ impl Function for Linear {
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         dispatch!("linear", context.inputs[0], T => cpu::backward::<T>(context))
+    }
+
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        // Each factor for the other's gradient.
+        match value {
+            Value::Input(0) => needs[1],
+            Value::Input(1) => needs[0],
+            _ => false,
+        }
     }
 }
