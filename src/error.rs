@@ -89,6 +89,16 @@ pub enum Error {
         found: String,
     },
 
+    /// A tensor reached an operation, or the end, of a recorded segment, and the tape does not know how it was computed.
+    #[error(
+        "{function}: a tensor was computed inside the segment by an operation that the tape does not see; use the one \
+         in `ops`"
+    )]
+    OffTape {
+        /// The function that the tensor reached.
+        function: &'static str,
+    },
+
     /// A configuration field has a wrong type or value, or is unknown.
     #[error("{source_name}: `{field}`: {reason}")]
     Config {

@@ -1,12 +1,14 @@
 //! What candle's automatic differentiation lacks: operations with any number of inputs and outputs and saved state,
-//! recomputation of activations, and a check of gradients against finite differences.
+//! a tape for segments of a network, recomputation of activations, and a check of gradients against finite differences.
 
 mod check;
 mod function;
 mod recompute;
 mod stack;
+pub mod tape;
 
 pub use check::{GradientCheck, check_gradients};
-pub use function::{Backward, Forward, Function, Output, apply, apply_many};
-pub use recompute::recompute;
+pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
+pub(crate) use function::{View, apply_views, dense};
+pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub use stack::with_large_stack;

@@ -1,19 +1,24 @@
 //! Recomputation of activations: trade a second forward pass for the memory of a segment's activations.
 
-use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::cell::Cell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Tensor, Var};
 
-use super::function::{Backward, Forward, Function, Output, apply_many};
-use crate::Result;
+use super::function::{Backward, Forward, Function, Output, Value, apply_many};
+use super::tape::{self, Discovery, Kept, Mode};
+use crate::{Error, Result};
 
 /// Runs a segment of a network without keeping its activations; they are computed again in the backward pass.
 ///
 /// The result equals `segment(inputs)` and so do all gradients: those of `inputs`, and those of every variable that
-/// the segment closes over. The variables are found by walking the segment's graph once, so none can be forgotten.
-/// Tensors other than variables that need a gradient should be passed through `inputs`; a segment that closes over
-/// one still gives exact gradients, but walks that tensor's history again.
+/// the segment closes over. The first run finds the variables, so none can be forgotten. Tensors other than variables
+/// that need a gradient should be passed through `inputs`; a segment that closes over one still gives exact gradients,
+/// but walks that tensor's history again.
+///
+/// The second run is recorded on a [`tape`] where all operations of the segment are those of [`ops`](crate::ops) (or
+/// go through [`apply`](super::apply)). A segment that uses candle's own operations works as well; it is then
+/// differentiated by candle's graph, which takes more time and memory ([`recomputations`] tells which it was).
 ///
 /// # Errors
 /// Those of the segment.
@@ -36,36 +41,149 @@ pub fn recompute<F>(inputs: &[&Tensor], segment: F) -> Result<Vec<Tensor>>
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {
+    run(inputs, false, segment)
+}
+
+/// The same, but the results of expensive functions (those whose [`Function::keep`] says so: attention) are kept from
+/// the first run until the first backward pass, and not computed again there. The segment must run the same operations
+/// in the same order every time.
+///
+/// # Errors
+/// Those of the segment; in the backward pass also [`Error::Argument`] where the segment runs other operations.
+pub fn recompute_keeping<F>(inputs: &[&Tensor], segment: F) -> Result<Vec<Tensor>>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
+    run(inputs, true, segment)
+}
+
+/// How many segments the backward passes on this thread differentiated in which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recomputations {
+    /// On a [`tape`].
+    pub on_tape: u64,
+    /// By candle's graph, because they use operations of candle's own.
+    pub on_graph: u64,
+}
+
+thread_local! {
+    static RECOMPUTATIONS: Cell<Recomputations> = const { Cell::new(Recomputations { on_tape: 0, on_graph: 0 }) };
+}
+
+/// How many segments the backward passes on this thread have differentiated so far.
+pub fn recomputations() -> Recomputations {
+    RECOMPUTATIONS.get()
+}
+
+fn run<F>(inputs: &[&Tensor], keeps: bool, segment: F) -> Result<Vec<Tensor>>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
+    if tape::mode() == Mode::Discover {
+        // The first run of a segment around this one: all of it will run again.
+        let inputs: Vec<Tensor> = inputs.iter().map(|input| tape::see(input)).collect();
+        return segment(&inputs);
+    }
     let detached: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-    let outputs = segment(&detached)?;
-    let variables = variables_of(&outputs);
+    let (outputs, discovery) = tape::run_discovery(Discovery::keeping(keeps), || -> Result<Vec<Tensor>> {
+        Ok(segment(&detached)?.iter().map(tape::see).collect())
+    });
+    let outputs = outputs?;
+    let Discovery { variables, off_tape, kept, .. } = discovery;
     if variables.is_empty() && !inputs.iter().any(|input| input.track_op()) {
         return Ok(outputs);
     }
-    let outputs = outputs.iter().map(Tensor::detach).collect();
+    let all: Vec<Tensor> = inputs.iter().map(|input| (*input).clone()).chain(variables).collect();
     let function = Segment {
         segment,
+        all: all.clone(),
         input_count: inputs.len(),
-        variables: variables.clone(),
+        off_tape,
         outputs: Mutex::new(Some(outputs)),
+        kept: Mutex::new(if off_tape { Vec::new() } else { kept }),
     };
-    let all: Vec<&Tensor> = inputs.iter().copied().chain(&variables).collect();
-    apply_many(function, &all)
-}
-
-/// The variables a computation depends on, each once.
-fn variables_of(outputs: &[Tensor]) -> Vec<Tensor> {
-    let mut seen = HashSet::new();
-    let nodes = outputs.iter().flat_map(|output| output.sorted_nodes());
-    nodes.filter(|node| node.is_variable() && seen.insert(node.id())).cloned().collect()
+    apply_many(function, &all.iter().collect::<Vec<_>>())
 }
 
 struct Segment<F> {
     segment: F,
+    /// The inputs, then the variables, as the caller gave them: parts of the graph around the segment.
+    all: Vec<Tensor>,
     input_count: usize,
-    variables: Vec<Tensor>,
+    /// Whether the first run met operations of candle's own.
+    off_tape: bool,
     /// The values from the first run, until `forward` hands them out.
     outputs: Mutex<Option<Vec<Tensor>>>,
+    /// Results of expensive functions, until the first backward pass.
+    kept: Mutex<Vec<Kept>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The slots hold whole values only, so one left by a panicking thread is still good.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<F> Segment<F>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
+    fn variables(&self) -> &[Tensor] {
+        &self.all[self.input_count..]
+    }
+
+    /// The gradients, by a tape; `None` where the segment uses operations of candle's own.
+    fn on_tape(&self, gradients: &[Option<Tensor>]) -> Result<Option<Vec<Option<Tensor>>>> {
+        let kept = std::mem::take(&mut *lock(&self.kept));
+        let inputs = &self.all[..self.input_count];
+        let recording = match tape::record_with(inputs, self.variables(), kept, |x| (self.segment)(x)) {
+            Err(Error::OffTape { .. }) => return Ok(None),
+            other => other?,
+        };
+        let (gradients, rest) = recording.backward(gradients)?.into_parts(self.variables());
+        match rest {
+            0 => Ok(Some(gradients)),
+            _ => Err(Error::argument(
+                "recompute",
+                "segment",
+                "one that uses the same variables every time",
+                format!("{rest} that the first run did not use"),
+            )),
+        }
+    }
+
+    /// The gradients, by candle's graph.
+    fn on_graph(&self, gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        if let Some(view) = self.variables().iter().find(|variable| !variable.is_variable()) {
+            return Err(Error::argument(
+                "recompute",
+                "segment",
+                "one that gets tensors of the segment around it through its inputs, as it uses candle's operations",
+                format!("a tensor of shape {:?} closed over", view.dims()),
+            ));
+        }
+        let mut inputs = Vec::with_capacity(self.input_count);
+        for input in &self.all[..self.input_count] {
+            inputs.push(match input.track_op() {
+                true => Var::from_tensor(&input.detach())?.into_inner(),
+                false => input.clone(),
+            });
+        }
+        let outputs = (self.segment)(&inputs)?;
+        // The vector-Jacobian product as the gradient of <output, gradient>, summed over the outputs.
+        let mut seed: Option<Tensor> = None;
+        for (output, gradient) in outputs.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                let term = (output * gradient)?.sum_all()?;
+                seed = Some(match seed {
+                    None => term,
+                    Some(sum) => (sum + term)?,
+                });
+            }
+        }
+        let Some(seed) = seed else { return Ok(vec![None; self.all.len()]) };
+        let gradients = seed.backward()?;
+        Ok(inputs.iter().chain(self.variables()).map(|tensor| gradients.get(tensor).cloned()).collect())
+    }
 }
 
 impl<F> Function for Segment<F>
@@ -77,7 +195,7 @@ where
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
-        let computed = self.outputs.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let computed = lock(&self.outputs).take();
         let outputs = match computed {
             Some(outputs) => outputs,
             None => (self.segment)(&inputs[..self.input_count])?,
@@ -86,25 +204,25 @@ where
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let mut inputs = Vec::with_capacity(self.input_count);
-        for (input, needed) in context.inputs.iter().zip(context.needs).take(self.input_count) {
-            inputs.push(if *needed { Var::from_tensor(input)?.into_inner() } else { input.clone() });
-        }
-        let outputs = (self.segment)(&inputs)?;
-        // The vector-Jacobian product as the gradient of <output, gradient>, summed over the outputs.
-        let mut seed: Option<Tensor> = None;
-        for (output, gradient) in outputs.iter().zip(context.gradients) {
-            if let Some(gradient) = gradient {
-                let term = (output * gradient)?.sum_all()?;
-                seed = Some(match seed {
-                    None => term,
-                    Some(sum) => (sum + term)?,
-                });
+        let by_tape = if self.off_tape { None } else { self.on_tape(context.gradients)? };
+        let mut counts = RECOMPUTATIONS.get();
+        match by_tape {
+            Some(gradients) => {
+                counts.on_tape += 1;
+                RECOMPUTATIONS.set(counts);
+                Ok(gradients)
+            }
+            None => {
+                counts.on_graph += 1;
+                RECOMPUTATIONS.set(counts);
+                self.on_graph(context.gradients)
             }
         }
-        let Some(seed) = seed else { return Ok(vec![None; context.inputs.len()]) };
-        let gradients = seed.backward()?;
-        Ok(inputs.iter().chain(&self.variables).map(|tensor| gradients.get(tensor).cloned()).collect())
+    }
+
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
+        // It has the inputs as parts of the graph, in `all`.
+        false
     }
 }
 

@@ -1,5 +1,10 @@
 //! The layers networks are made of. Each loads itself from [`Weights`] under the names PyTorch gives its tensors, and
 //! is frozen or trainable as those weights are.
+//!
+//! A trainable weight may be of another dtype than what it is applied to (f32 parameters in a bf16 network): it is cast
+//! on the way in, and its gradient comes back in its own dtype.
+
+use std::borrow::Cow;
 
 use candle_core::{D, Tensor};
 
@@ -38,7 +43,7 @@ impl Linear {
     /// # Errors
     /// Those of [`ops::linear`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        ops::linear(x, &*like(&self.weight, x)?, like_opt(&self.bias, x)?.as_deref())
     }
 
     /// The same with the LoRA sets that have an entry for this layer added.
@@ -48,7 +53,7 @@ impl Linear {
     pub fn forward_adapted(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
         let mut y = self.forward(x)?;
         for (layer, scale) in loras.at(&self.path) {
-            y = (y + layer.forward_linear(x, scale)?)?;
+            y = ops::add(&y, &layer.forward_linear(x, scale)?)?;
         }
         Ok(y)
     }
@@ -89,7 +94,8 @@ impl Conv2d {
     /// # Errors
     /// Those of [`ops::conv2d`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, self.bias.as_ref(), self.stride, self.padding)
+        let bias = like_opt(&self.bias, x)?;
+        ops::conv2d(x, &*like(&self.weight, x)?, bias.as_deref(), self.stride, self.padding)
     }
 
     /// The same with the LoRA sets that have an entry for this layer added.
@@ -99,7 +105,7 @@ impl Conv2d {
     pub fn forward_adapted(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
         let mut y = self.forward(x)?;
         for (layer, scale) in loras.at(&self.path) {
-            y = (y + layer.forward_conv(x, self.stride, self.padding, scale)?)?;
+            y = ops::add(&y, &layer.forward_conv(x, self.stride, self.padding, scale)?)?;
         }
         Ok(y)
     }
@@ -138,7 +144,8 @@ impl GroupNorm {
     /// # Errors
     /// Those of [`ops::group_norm`].
     pub fn forward_with(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        ops::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, activation)
+        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        ops::group_norm(x, self.groups, &weight, &bias, self.eps, activation)
     }
 }
 
@@ -166,7 +173,7 @@ impl LayerNorm {
     /// # Errors
     /// Those of [`ops::layer_norm`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+        ops::layer_norm(x, &*like(&self.weight, x)?, &*like(&self.bias, x)?, self.eps)
     }
 }
 
@@ -199,6 +206,18 @@ impl Embedding {
     pub fn table(&self) -> &Tensor {
         &self.weight
     }
+}
+
+/// A trainable weight in the dtype of `x`; a frozen one as it is, as casting it anew in every pass would be a waste.
+pub(super) fn like<'a>(weight: &'a Tensor, x: &Tensor) -> Result<Cow<'a, Tensor>> {
+    match weight.track_op() && weight.dtype() != x.dtype() {
+        true => Ok(Cow::Owned(ops::cast(weight, x.dtype())?)),
+        false => Ok(Cow::Borrowed(weight)),
+    }
+}
+
+fn like_opt<'a>(weight: &'a Option<Tensor>, x: &Tensor) -> Result<Option<Cow<'a, Tensor>>> {
+    weight.as_ref().map(|weight| like(weight, x)).transpose()
 }
 
 /// Makes sure a layer path of a LoRA set fits the layer it is applied to.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::layers::wrong_kind;
+use super::layers::{like, wrong_kind};
 use super::{Init, Weights};
 use crate::ops;
 use crate::{Error, Result};
@@ -34,8 +34,8 @@ impl LoraLayer {
         if self.down.rank() != 2 {
             return Err(wrong_kind(&self.path, "a linear layer's LoRA", "a convolution's LoRA"));
         }
-        let low = (ops::linear(x, &self.down, None)? * (scale * self.scale))?;
-        ops::linear(&low, &self.up, None)
+        let low = ops::scale(&ops::linear(x, &*like(&self.down, x)?, None)?, scale * self.scale)?;
+        ops::linear(&low, &*like(&self.up, x)?, None)
     }
 
     /// `x`: `(batch, height, width, input)`; stride and padding are the base layer's.
@@ -46,8 +46,8 @@ impl LoraLayer {
         if self.down.rank() != 4 {
             return Err(wrong_kind(&self.path, "a convolution's LoRA", "a linear layer's LoRA"));
         }
-        let low = (ops::conv2d(x, &self.down, None, stride, padding)? * (scale * self.scale))?;
-        ops::conv2d(&low, &self.up, None, 1, 0)
+        let low = ops::conv2d(x, &*like(&self.down, x)?, None, stride, padding)?;
+        ops::conv2d(&ops::scale(&low, scale * self.scale)?, &*like(&self.up, x)?, None, 1, 0)
     }
 }
 

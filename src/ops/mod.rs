@@ -10,6 +10,7 @@ mod activation;
 mod addends;
 mod attention;
 mod conv2d;
+mod elementwise;
 mod geglu;
 mod group_norm;
 mod layer_norm;
@@ -23,6 +24,10 @@ pub use activation::{Activation, activation};
 pub use addends::Addends;
 pub use attention::{Mask, attention};
 pub use conv2d::{conv2d, conv2d_with};
+pub use elementwise::{
+    add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
+    to_channels_last,
+};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;

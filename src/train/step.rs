@@ -208,6 +208,7 @@ impl StepLosses<'_> {
             reference: conditions.reference.clone(),
             image_tokens: Some(conditions.image_tokens.clone()),
             recompute: self.config.recompute,
+            ..Pass::default()
         }
     }
 

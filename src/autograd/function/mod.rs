@@ -10,72 +10,36 @@
 //! outputs first, which leave their gradients in a shared slot; then the last token, which runs
 //! [`Function::backward`] once; then the other tokens, each of which hands its input the gradient that is its own.
 
+//!
+//! All of that is for candle's own graph. Inside a recorded segment ([`tape`](super::tape)) none of it happens: the
+//! function is noted on the tape.
+
+mod node;
 mod operations;
+mod output;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::op::BackpropOp;
-use candle_core::{Shape, Storage, Tensor};
+use candle_core::Tensor;
 
-use operations::{Direct, Join, Release, Shared};
-
+use super::tape::{self, Mode};
 use crate::{Error, Result};
-
-/// One value computed by [`Function::forward`].
-pub enum Output {
-    /// Freshly computed numbers, contiguous, in the order of the shape.
-    Fresh(Storage, Shape),
-    /// A tensor; its numbers are copied and its graph, if any, is left behind.
-    Tensor(Tensor),
-}
-
-impl Output {
-    /// Numbers computed on the CPU.
-    pub fn from_vec<T: candle_core::WithDType>(values: Vec<T>, shape: impl Into<Shape>) -> Self {
-        Output::Fresh(Storage::Cpu(T::to_cpu_storage_owned(values)), shape.into())
-    }
-
-    fn into_storage(self) -> candle_core::Result<(Storage, Shape)> {
-        match self {
-            Output::Fresh(storage, shape) => Ok((storage, shape)),
-            Output::Tensor(tensor) => {
-                // `try_clone` copies a storage whole: copy the tensor first where it is a view of a larger one.
-                let tensor = tensor.detach().force_contiguous()?;
-                let (storage, layout) = tensor.storage_and_layout();
-                Ok((storage.try_clone(layout)?, tensor.shape().clone()))
-            }
-        }
-    }
-
-    fn into_tensor(self) -> Tensor {
-        match self {
-            Output::Fresh(storage, shape) => Tensor::from_storage(storage, shape, BackpropOp::none(), false),
-            Output::Tensor(tensor) => tensor.detach(),
-        }
-    }
-}
-
-/// What [`Function::forward`] returns.
-pub struct Forward {
-    /// The outputs.
-    pub outputs: Vec<Output>,
-    /// Tensors the backward pass wants again (statistics, a log-sum-exp).
-    pub saved: Vec<Tensor>,
-}
-
-impl From<Output> for Forward {
-    fn from(output: Output) -> Self {
-        Forward { outputs: vec![output], saved: Vec::new() }
-    }
-}
+pub(super) use node::Node;
+use operations::{Direct, Join, Release, Shared};
+pub(crate) use output::dense;
+pub use output::{Forward, Output};
+pub(crate) use view::{View, apply_views};
 
 /// What [`Function::backward`] gets.
 pub struct Backward<'a> {
-    /// The inputs as `forward` got them: detached and contiguous.
+    /// The inputs as `forward` got them: detached and contiguous. An input that [`Function::uses`] disclaimed has
+    /// its shape and dtype, but neither values nor memory.
     pub inputs: &'a [Tensor],
-    /// The outputs; `None` where an output is no part of the loss (never for the output of a one-output function).
+    /// The outputs; `None` where an output is no part of the loss (never for the output of a one-output function), or
+    /// where [`Function::uses`] disclaimed them.
     pub outputs: &'a [Option<Tensor>],
     /// What `forward` saved.
     pub saved: &'a [Tensor],
@@ -98,6 +62,15 @@ impl Backward<'_> {
     }
 }
 
+/// A value that an applied function could keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// The input at a position.
+    Input(usize),
+    /// The outputs.
+    Outputs,
+}
+
 /// A differentiable function of tensors.
 pub trait Function: Send + Sync + 'static {
     /// A short name for error messages.
@@ -114,6 +87,19 @@ pub trait Function: Send + Sync + 'static {
     /// # Errors
     /// Where a computation fails.
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>>;
+
+    /// Whether [`Function::backward`] reads this value, where gradients are wanted for the inputs that `needs` marks.
+    /// A tape lets go of what nobody reads: the `x` of a frozen linear layer, both terms of a sum.
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        let _ = (value, needs);
+        true
+    }
+
+    /// Whether the function is so expensive that [`recompute_keeping`](super::recompute_keeping) should keep its
+    /// outputs (and what it saved) rather than compute them again.
+    fn keep(&self) -> bool {
+        false
+    }
 }
 
 /// Applies a function with one output.
@@ -132,21 +118,35 @@ pub fn apply(function: impl Function, inputs: &[&Tensor]) -> Result<Tensor> {
 /// Applies a function and returns all its outputs.
 ///
 /// # Errors
-/// Those of [`Function::forward`].
+/// Those of [`Function::forward`], and [`Error::OffTape`] for an input that a tape could not follow.
 pub fn apply_many(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    match tape::mode() {
+        Mode::Graph => apply_in_graph(function, inputs),
+        Mode::Discover => tape::discover(&function, inputs),
+        Mode::Record => tape::note(Box::new(function), inputs),
+    }
+}
+
+/// The inputs as a function gets them.
+pub(super) fn detach(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    Ok(inputs.iter().map(|input| input.detach().contiguous()).collect::<candle_core::Result<_>>()?)
+}
+
+fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let needs: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
-    let detached = inputs.iter().map(|input| input.detach().contiguous()).collect::<candle_core::Result<Vec<_>>>()?;
+    let detached = detach(inputs)?;
     let Forward { outputs, saved } = function.forward(&detached)?;
     let tracked: Vec<(usize, &Tensor)> =
         inputs.iter().enumerate().filter(|(i, _)| needs[*i]).map(|(i, input)| (i, *input)).collect();
     if tracked.is_empty() {
         return Ok(outputs.into_iter().map(Output::into_tensor).collect());
     }
-    let node = Node { function: Box::new(function), inputs: detached, saved, needs };
+    let variables = inputs.iter().map(|input| input.is_variable()).collect();
+    let node = Node::new(Box::new(function), detached, saved, needs);
     if outputs.len() == 1 && tracked.len() <= 3 {
         let positions = tracked.iter().map(|(i, _)| *i).collect();
         let result = outputs.into_iter().next().map(Output::into_storage).transpose()?;
-        let op = Direct { node, positions, result: Mutex::new(result) };
+        let op = Direct { node, variables, positions, result: Mutex::new(result) };
         let output = match tracked[..] {
             [(_, a)] => a.apply_op1(op)?,
             [(_, a), (_, b)] => a.apply_op2(b, op)?,
@@ -155,13 +155,14 @@ pub fn apply_many(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
         };
         return Ok(vec![output]);
     }
-    tie(node, &tracked, outputs)
+    tie(node, variables, &tracked, outputs)
 }
 
 /// Makes the chain of tokens and hangs the outputs off its end.
-fn tie(node: Node, tracked: &[(usize, &Tensor)], outputs: Vec<Output>) -> Result<Vec<Tensor>> {
+fn tie(node: Node, variables: Vec<bool>, tracked: &[(usize, &Tensor)], outputs: Vec<Output>) -> Result<Vec<Tensor>> {
     let shared = Arc::new(Shared {
         node,
+        variables,
         outputs: Mutex::new(vec![None; outputs.len()]),
         gradients: Mutex::new(vec![None; outputs.len()]),
         input_gradients: Mutex::new(Vec::new()),
@@ -185,42 +186,4 @@ fn tie(node: Node, tracked: &[(usize, &Tensor)], outputs: Vec<Output>) -> Result
             Ok(token.apply_op1(Release { shared: shared.clone(), index, result })?)
         })
         .collect()
-}
-
-/// A function that has been applied, with all its backward pass needs.
-struct Node {
-    function: Box<dyn Function>,
-    inputs: Vec<Tensor>,
-    saved: Vec<Tensor>,
-    needs: Vec<bool>,
-}
-
-impl Node {
-    /// The gradients of all inputs; never `None` for an input that needs one, which candle could not bear.
-    fn backward(&self, outputs: &[Option<Tensor>], gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
-        let gradients = gradients
-            .iter()
-            .map(|gradient| gradient.as_ref().map(Tensor::contiguous).transpose())
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let context =
-            Backward { inputs: &self.inputs, outputs, saved: &self.saved, gradients: &gradients, needs: &self.needs };
-        let mut computed = self.function.backward(&context)?;
-        computed.resize(self.inputs.len(), None);
-        for ((gradient, input), needed) in computed.iter_mut().zip(&self.inputs).zip(&self.needs) {
-            match gradient {
-                _ if !needed => *gradient = None,
-                None => *gradient = Some(input.zeros_like()?),
-                Some(given) if given.shape() != input.shape() => {
-                    return Err(Error::argument(
-                        self.function.name(),
-                        "gradient",
-                        format!("shape {:?}", input.dims()),
-                        format!("shape {:?}", given.dims()),
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(computed)
-    }
 }

@@ -31,26 +31,29 @@ fn take_cuda(slot: &Slot, name: &'static str) -> candle_core::Result<(CudaStorag
 /// A function with one output and one to three tracked inputs: one custom operation.
 pub(super) struct Direct {
     pub node: Node,
+    /// Which inputs are variables.
+    pub variables: Vec<bool>,
     pub positions: Vec<usize>,
     pub result: Slot,
 }
 
 impl Direct {
     fn gradients(&self, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
-        let mut all = self.node.backward(&[Some(result.detach())], &[Some(gradient.clone())])?;
+        let (outputs, gradients) = ([Some(result.detach())], [Some(gradient.clone())]);
+        let mut all = self.node.backward_with_zeros(&self.variables, &outputs, &gradients)?;
         Ok(self.positions.iter().map(|position| all[*position].take()).collect())
     }
 }
 
 impl CustomOp1 for Direct {
     fn name(&self) -> &'static str {
-        self.node.function.name()
+        self.node.name()
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        take_cpu(&self.result, self.node.function.name())
+        take_cpu(&self.result, self.node.name())
     }
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        take_cuda(&self.result, self.node.function.name())
+        take_cuda(&self.result, self.node.name())
     }
     fn bwd(&self, _: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(self.gradients(result, gradient)?[0].take())
@@ -59,7 +62,7 @@ impl CustomOp1 for Direct {
 
 impl CustomOp2 for Direct {
     fn name(&self) -> &'static str {
-        self.node.function.name()
+        self.node.name()
     }
     fn cpu_fwd(
         &self,
@@ -68,7 +71,7 @@ impl CustomOp2 for Direct {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        take_cpu(&self.result, self.node.function.name())
+        take_cpu(&self.result, self.node.name())
     }
     fn cuda_fwd(
         &self,
@@ -77,7 +80,7 @@ impl CustomOp2 for Direct {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        take_cuda(&self.result, self.node.function.name())
+        take_cuda(&self.result, self.node.name())
     }
     fn bwd(
         &self,
@@ -93,7 +96,7 @@ impl CustomOp2 for Direct {
 
 impl CustomOp3 for Direct {
     fn name(&self) -> &'static str {
-        self.node.function.name()
+        self.node.name()
     }
     fn cpu_fwd(
         &self,
@@ -104,7 +107,7 @@ impl CustomOp3 for Direct {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        take_cpu(&self.result, self.node.function.name())
+        take_cpu(&self.result, self.node.name())
     }
     fn cuda_fwd(
         &self,
@@ -115,7 +118,7 @@ impl CustomOp3 for Direct {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        take_cuda(&self.result, self.node.function.name())
+        take_cuda(&self.result, self.node.name())
     }
     fn bwd(
         &self,
@@ -133,6 +136,8 @@ impl CustomOp3 for Direct {
 /// What the tokens and outputs of one applied function share.
 pub(super) struct Shared {
     pub node: Node,
+    /// Which inputs are variables.
+    pub variables: Vec<bool>,
     pub outputs: Mutex<Vec<Option<Tensor>>>,
     pub gradients: Mutex<Vec<Option<Tensor>>>,
     pub input_gradients: Mutex<Vec<Option<Tensor>>>,
@@ -149,14 +154,12 @@ pub(super) struct Join {
 impl Join {
     fn gradient(&self) -> candle_core::Result<Option<Tensor>> {
         if self.last {
-            let count = self.shared.node.inputs.len();
             let outputs = std::mem::take(&mut *lock(&self.shared.outputs));
             let gradients = std::mem::take(&mut *lock(&self.shared.gradients));
             // The slots are left empty but of the right length: the same graph may be walked again.
             *lock(&self.shared.outputs) = vec![None; outputs.len()];
             *lock(&self.shared.gradients) = vec![None; gradients.len()];
-            let computed = self.shared.node.backward(&outputs, &gradients)?;
-            debug_assert_eq!(computed.len(), count);
+            let computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
             *lock(&self.shared.input_gradients) = computed;
         }
         Ok(lock(&self.shared.input_gradients).get_mut(self.position).and_then(Option::take))
@@ -174,7 +177,7 @@ fn scalar_cuda(storage: &CudaStorage) -> candle_core::Result<(CudaStorage, Shape
 
 impl CustomOp1 for Join {
     fn name(&self) -> &'static str {
-        self.shared.node.function.name()
+        self.shared.node.name()
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok(scalar_cpu())
@@ -189,7 +192,7 @@ impl CustomOp1 for Join {
 
 impl CustomOp2 for Join {
     fn name(&self) -> &'static str {
-        self.shared.node.function.name()
+        self.shared.node.name()
     }
     fn cpu_fwd(
         &self,
@@ -230,13 +233,13 @@ pub(super) struct Release {
 
 impl CustomOp1 for Release {
     fn name(&self) -> &'static str {
-        self.shared.node.function.name()
+        self.shared.node.name()
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        take_cpu(&self.result, self.shared.node.function.name())
+        take_cpu(&self.result, self.shared.node.name())
     }
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        take_cuda(&self.result, self.shared.node.function.name())
+        take_cuda(&self.result, self.shared.node.name())
     }
     fn bwd(&self, token: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
         lock(&self.shared.outputs)[self.index] = Some(result.detach());

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{Conditioning, Config};
 use crate::Result;
 use crate::nn::{Linear, Loras, Weights};
-use crate::ops::{Activation, activation};
+use crate::ops::{Activation, activation, add, concat_channels};
 
 /// Sinusoidal embedding, cosines first (diffusers: `flip_sin_to_cos=True`, `downscale_freq_shift=0`).
 ///
@@ -71,8 +71,8 @@ impl Embeddings {
         let time = sinusoid(&times, self.time_width, dtype, device)?;
         let ids: Vec<f64> = conditioning.time_ids.iter().flatten().copied().collect();
         let ids = sinusoid(&ids, self.time_id_width, dtype, device)?.reshape((timesteps.len(), ()))?;
-        let added = Tensor::cat(&[pooled, &ids], 1)?;
-        let embedding = (self.time_embedding.forward(&time, loras)? + self.add_embedding.forward(&added, loras)?)?;
+        let added = concat_channels(pooled, &ids)?;
+        let embedding = add(&self.time_embedding.forward(&time, loras)?, &self.add_embedding.forward(&added, loras)?)?;
         activation(&embedding, Activation::Silu)
     }
 }

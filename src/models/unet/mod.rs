@@ -21,7 +21,7 @@ pub use config::Config;
 pub use pass::{ImageTokens, KeyValues, Pass, Recording};
 
 use crate::nn::{Conv2d, GroupNorm, Weights};
-use crate::ops::Activation;
+use crate::ops::{Activation, to_channels_first, to_channels_last};
 use crate::{Error, Result};
 use embeddings::Embeddings;
 use stage::{Down, Mid, Run, Up};
@@ -189,7 +189,7 @@ impl UNet {
         };
         let hidden = self.inner.conv_norm_out.forward_with(&hidden, Activation::Silu)?;
         let prediction = self.inner.conv_out.forward_adapted(&hidden, &pass.loras)?;
-        Ok(prediction.permute((0, 3, 1, 2))?.contiguous()?)
+        to_channels_first(&prediction)
     }
 
     /// Runs the U-Net for the keys and values of its self-attention layers (paper, section 4.3: the KV encoder), and
@@ -251,8 +251,7 @@ impl UNet {
                 format!("text {text:?} and pooled {pooled:?}"),
             ));
         }
-        let x = latents.permute((0, 2, 3, 1))?.contiguous()?;
-        let x = self.inner.conv_in.forward_adapted(&x, &pass.loras)?;
+        let x = self.inner.conv_in.forward_adapted(&to_channels_last(latents)?, &pass.loras)?;
         let time = self.inner.embeddings.forward(timesteps, conditioning, &pass.loras)?;
         Ok((x, time))
     }

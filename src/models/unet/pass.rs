@@ -74,6 +74,9 @@ pub struct Pass {
     pub image_tokens: Option<ImageTokens>,
     /// Recompute activations in the backward pass, one resnet or transformer at a time, instead of keeping them.
     pub recompute: bool,
+    /// Where activations are recomputed, keep the outputs of attention nonetheless: they take little memory for the
+    /// time they take.
+    pub keep_attention: bool,
 }
 
 /// How self-attention keys and values are recorded.

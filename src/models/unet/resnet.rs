@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::Config;
 use crate::Result;
 use crate::nn::{Conv2d, GroupNorm, Linear, Loras, Weights};
-use crate::ops::{Activation, upsample_nearest_2x};
+use crate::ops::{Activation, add, add_per_sample, upsample_nearest_2x};
 
 #[derive(Debug)]
 pub(super) struct Resnet {
@@ -37,12 +37,11 @@ impl Resnet {
     /// `x`: `(batch, height, width, input)`; `time`: `(batch, time_embed_dim)`, after its silu.
     pub fn forward(&self, x: &Tensor, time: &Tensor, loras: &Loras) -> Result<Tensor> {
         let hidden = self.conv1.forward_adapted(&self.norm1.forward_with(x, Activation::Silu)?, loras)?;
-        let time = self.time_emb_proj.forward_adapted(time, loras)?.unsqueeze(1)?.unsqueeze(1)?;
-        let hidden = hidden.broadcast_add(&time)?;
+        let hidden = add_per_sample(&hidden, &self.time_emb_proj.forward_adapted(time, loras)?)?;
         let hidden = self.conv2.forward_adapted(&self.norm2.forward_with(&hidden, Activation::Silu)?, loras)?;
         match &self.conv_shortcut {
-            Some(shortcut) => Ok((shortcut.forward_adapted(x, loras)? + hidden)?),
-            None => Ok((x + hidden)?),
+            Some(shortcut) => add(&shortcut.forward_adapted(x, loras)?, &hidden),
+            None => add(x, &hidden),
         }
     }
 }

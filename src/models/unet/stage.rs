@@ -8,8 +8,9 @@ use super::pass::{KeyValues, Pass, Recording};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::transformer::{BlockInputs, Transformer, TransformerOutput};
 use super::{Conditioning, Config};
-use crate::autograd::recompute;
+use crate::autograd::{recompute, recompute_keeping};
 use crate::nn::Weights;
+use crate::ops::concat_channels;
 use crate::{Error, Result};
 
 /// The state of one run.
@@ -82,7 +83,8 @@ impl<'a> Run<'a> {
         // The reference and the image keys and values come in as inputs, so the pass itself needs none of them.
         let pass = Pass { reference: None, ..self.pass.clone() };
         let last = self.last.map(str::to_string);
-        let mut outputs = recompute(&all, move |tensors| {
+        let keep = pass.keep_attention;
+        let segment = move |tensors: &[Tensor]| {
             let mut rest = tensors[2..].iter().cloned();
             let mut pair = |present: bool| match present {
                 true => rest.next().zip(rest.next()),
@@ -96,7 +98,8 @@ impl<'a> Run<'a> {
                 transformer.forward(&tensors[0], &tensors[1], &inputs, &pass, recording.as_ref(), last.as_deref())?;
             let recorded = output.recorded.into_iter().flat_map(|(key, value)| [key, value]);
             Ok(recorded.chain(output.hidden).collect())
-        })?;
+        };
+        let mut outputs = if keep { recompute_keeping(&all, segment)? } else { recompute(&all, segment)? };
         let hidden = if outputs.len() % 2 == 1 { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let recorded = std::iter::from_fn(|| outputs.next().zip(outputs.next())).collect();
@@ -227,7 +230,7 @@ impl Up {
     pub fn forward(&self, mut x: Tensor, skips: &mut Vec<Tensor>, run: &mut Run<'_>) -> Result<Option<Tensor>> {
         for (i, resnet) in self.resnets.iter().enumerate() {
             if let Some(skip) = skips.pop() {
-                x = Tensor::cat(&[&x, &skip], 3)?;
+                x = concat_channels(&x, &skip)?;
             }
             match run.layer(resnet, self.attentions.get(i), &x)? {
                 Some(hidden) => x = hidden,

@@ -1,6 +1,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::*;
+use crate::autograd::recomputations;
 use crate::nn::{LoraSet, Loras, Parameters};
 use crate::random::Address;
 
@@ -189,5 +190,45 @@ fn all_weights_can_be_trained() -> Result<()> {
         checked += 1;
     }
     assert_eq!(checked, UNet::shapes(&tiny())?.len());
+    Ok(())
+}
+
+#[test]
+fn recomputed_segments_run_on_the_tape_alone_and_give_the_same_gradients() -> Result<()> {
+    let config = tiny();
+    let unet = frozen(&config)?;
+    let layers = UNet::shapes(&config)?.into_iter().filter(|(_, shape)| shape.len() >= 2);
+    let layers = layers.map(|(name, shape)| (name.trim_end_matches(".weight").to_string(), shape)).collect();
+    let parameters = Parameters::new();
+    let lora = LoraSet::load(&layers, 2, &Weights::trainable(&parameters, 2, DType::F64, &Device::Cpu))?;
+    for (_, variable) in parameters.all() {
+        let value = Address::new(8, "lora").normal(variable.shape(), DType::F64, &Device::Cpu)?;
+        variable.set(&(value * 0.1)?)?;
+    }
+    let (latents, text) = (Var::from_tensor(&normal("latents", &[2, 4, 4, 4])?)?, conditioning(&config, 2)?);
+    let mut gradients = Vec::new();
+    let before = recomputations();
+    for (recompute, keep_attention) in [(false, false), (true, false), (true, true)] {
+        let pass = Pass { loras: Loras::one(&lora, 0.7), recompute, keep_attention, ..Pass::default() };
+        let recording = Recording::default();
+        let reference = unet.record(&latents, &[500, 20], &text, &pass, &recording)?;
+        let pass = Pass { reference: Some(reference), ..pass };
+        let loss = unet.forward(&latents, &[20, 700], &text, &pass)?.sqr()?.mean_all()?;
+        gradients.push(loss.backward()?);
+    }
+    let after = recomputations();
+    // Eight resnets and four transformers; the recording ends before the last two resnets.
+    assert_eq!(after.on_graph, before.on_graph);
+    assert_eq!(after.on_tape - before.on_tape, 2 * 22);
+    let mut all = parameters.all();
+    all.push(("latents".into(), latents));
+    for (name, variable) in all {
+        let [Some(plain), Some(recomputed), Some(kept)] = [0, 1, 2].map(|i| gradients[i].get(&variable)) else {
+            panic!("no gradient for {name}");
+        };
+        let size = plain.abs()?.max_all()?.to_scalar::<f64>()?;
+        assert!(size > 0.0 && distance(plain, recomputed)? < 1e-12 * size.max(1e-3), "{name}");
+        assert_eq!(distance(recomputed, kept)?, 0.0, "{name}");
+    }
     Ok(())
 }

@@ -94,7 +94,7 @@ impl TransformerBlock {
         let (key, value) = self.attn1.key_value(normed, loras)?;
         let reference = inputs.reference.as_ref().map(|(key, value)| (key, value));
         let attended = ops::attention(&query, (&key, &value), reference, self.attn1.heads, Mask::None)?;
-        let hidden = (hidden + self.attn1.to_out.forward_adapted(&attended, loras)?)?;
+        let hidden = ops::add(hidden, &self.attn1.to_out.forward_adapted(&attended, loras)?)?;
 
         let normed = self.norm2.forward(&hidden)?;
         let query = self.attn2.to_q.forward_adapted(&normed, loras)?;
@@ -102,12 +102,12 @@ impl TransformerBlock {
         let mut attended = ops::attention(&query, (&key, &value), None, self.attn2.heads, Mask::None)?;
         if let Some((key, value)) = &inputs.image {
             let image = ops::attention(&query, (key, value), None, self.attn2.heads, Mask::None)?;
-            attended = (attended + (image * image_scale)?)?;
+            attended = ops::add_scaled(&attended, &image, image_scale)?;
         }
-        let hidden = (hidden + self.attn2.to_out.forward_adapted(&attended, loras)?)?;
+        let hidden = ops::add(&hidden, &self.attn2.to_out.forward_adapted(&attended, loras)?)?;
 
         let gated = ops::geglu(&self.proj.forward_adapted(&self.norm3.forward(&hidden)?, loras)?)?;
-        Ok((hidden + self.out.forward_adapted(&gated, loras)?)?)
+        ops::add(&hidden, &self.out.forward_adapted(&gated, loras)?)
     }
 }
 
@@ -159,7 +159,7 @@ impl Transformer {
     ) -> Result<TransformerOutput> {
         let (batch, height, width, channels) = x.dims4()?;
         let image_scale = pass.image_tokens.as_ref().map_or(0.0, |tokens| tokens.scale);
-        let tokens = self.norm.forward(x)?.reshape((batch, height * width, channels))?;
+        let tokens = ops::reshape(&self.norm.forward(x)?, (batch, height * width, channels))?;
         let mut hidden = self.proj_in.forward_adapted(&tokens, &pass.loras)?;
         let mut recorded = Vec::new();
         for (block, inputs) in self.blocks.iter().zip(inputs) {
@@ -173,7 +173,7 @@ impl Transformer {
             hidden = block.forward(&hidden, &normed, text, inputs, pass, image_scale)?;
         }
         let hidden = self.proj_out.forward_adapted(&hidden, &pass.loras)?;
-        let hidden = (hidden.reshape((batch, height, width, channels))? + x)?;
+        let hidden = ops::add(&ops::reshape(&hidden, (batch, height, width, channels))?, x)?;
         Ok(TransformerOutput { hidden: Some(hidden), recorded })
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::support::{Real, dispatch, on_cuda};
 use crate::Result;
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 
 /// A pointwise activation function. Named as `hidden_act` / `act_fn` in the configurations of transformers and
 /// diffusers name it.
@@ -124,5 +124,9 @@ impl Function for Pointwise {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self.0, context));
         dispatch!("activation", context.inputs[0], T => cpu::backward::<T>(self.0, context))
+    }
+
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value != Value::Outputs
     }
 }

@@ -118,4 +118,8 @@ impl Function for Attention {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("attention", context.inputs[0], T => backward::backward::<T>(self, context))
     }
+
+    fn keep(&self) -> bool {
+        true
+    }
 }

@@ -6,7 +6,6 @@ use std::ffi::c_void;
 use candle_core::Tensor;
 
 use super::Conv2d;
-use crate::Result;
 use crate::autograd::{Backward, Forward};
 use crate::cuda::{
     Buffer, Gemm, Operand, add_channels, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
@@ -63,8 +62,34 @@ impl Geometry {
 }
 
 unsafe extern "C" {
-    fn lcm_im2col(x: *const c_void, patches: *mut c_void, geometry: *const Geometry, stream: *mut c_void) -> i32;
-    fn lcm_col2im(patches: *const c_void, x: *mut c_void, geometry: *const Geometry, stream: *mut c_void) -> i32;
+    fn lcm_im2col_forward(
+        x: *const c_void,
+        patches: *mut c_void,
+        batch: i64,
+        height: i32,
+        width: i32,
+        channels: i32,
+        kernel_height: i32,
+        kernel_width: i32,
+        stride: i32,
+        padding: i32,
+        dtype: i32,
+        stream: *mut c_void,
+    ) -> i32;
+    fn lcm_im2col_backward(
+        patches: *const c_void,
+        x: *mut c_void,
+        batch: i64,
+        height: i32,
+        width: i32,
+        channels: i32,
+        kernel_height: i32,
+        kernel_width: i32,
+        stride: i32,
+        padding: i32,
+        dtype: i32,
+        stream: *mut c_void,
+    ) -> i32;
     fn lcm_conv2d_forward_hopper(arguments: *const ForwardArguments, stream: *mut c_void) -> i32;
     fn lcm_conv2d_input_gradient_hopper(arguments: *const InputGradientArguments, stream: *mut c_void) -> i32;
 }
@@ -73,7 +98,11 @@ const NAME: &str = "conv2d";
 
 fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometry> {
     let (batch, height, width, input_channels) = x.dims4()?;
-    let (output_channels, kernel, _, _) = weight.dims4()?;
+    let (output_channels, kernel, kernel_width, _) = weight.dims4()?;
+    if kernel != kernel_width {
+        let found = format!("{kernel} x {kernel_width}");
+        return Err(Error::argument(NAME, "weight", "a square kernel on a GPU", found));
+    }
     Ok(Geometry {
         batch: batch as i32,
         height: height as i32,
@@ -94,7 +123,22 @@ fn im2col(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<(Buffer, 
     let device = cuda_device(NAME, x)?;
     let patches = Buffer::new(&device, (rows, columns), x.dtype())?;
     // SAFETY: the pointers belong to tensors of the shapes stated.
-    let status = unsafe { lcm_im2col(pointer(NAME, x)?, patches.pointer(), &raw const shape, stream(&device)) };
+    let status = unsafe {
+        lcm_im2col_forward(
+            pointer(NAME, x)?,
+            patches.pointer(),
+            i64::from(shape.batch),
+            shape.height,
+            shape.width,
+            shape.input_channels,
+            shape.kernel,
+            shape.kernel,
+            shape.stride,
+            shape.padding,
+            shape.dtype,
+            stream(&device),
+        )
+    };
     check(NAME, status)?;
     Ok((patches, rows, columns))
 }
@@ -207,7 +251,22 @@ fn input_gradient(convolution: &Conv2d, x: &Tensor, weight: &Tensor, gradient: &
             },
         )?;
         // SAFETY: as above.
-        let status = unsafe { lcm_col2im(patches.pointer(), dx.pointer(), &raw const shape, stream(&device)) };
+        let status = unsafe {
+            lcm_im2col_backward(
+                patches.pointer(),
+                dx.pointer(),
+                i64::from(shape.batch),
+                shape.height,
+                shape.width,
+                shape.input_channels,
+                shape.kernel,
+                shape.kernel,
+                shape.stride,
+                shape.padding,
+                shape.dtype,
+                stream(&device),
+            )
+        };
         check(NAME, status)?;
     }
     Ok(dx.into_tensor())

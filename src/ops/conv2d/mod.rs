@@ -9,9 +9,10 @@ mod tests;
 use candle_core::Tensor;
 
 use super::addends::{Addends, Places};
+use super::elementwise::reshape;
 use super::linear::linear_with;
 use super::support::{dispatch, on_cuda, same_kind};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Two-dimensional cross-correlation (torch: `F.conv2d`, in channels-last layout).
@@ -62,7 +63,7 @@ pub fn conv2d_with(
         return wrong("weight", room, format!("a kernel of {kernel_height} x {kernel_width}"));
     }
     if (kernel_height, kernel_width, stride, padding) == (1, 1, 1, 0) {
-        return linear_with(x, &weight.reshape((out, channels))?, addends);
+        return linear_with(x, &reshape(weight, (out, channels))?, addends);
     }
     let size = |size: usize, kernel: usize| (size + 2 * padding - kernel) / stride + 1;
     let shape = [batch, size(height, kernel_height), size(width, kernel_width), out];
@@ -90,5 +91,14 @@ impl Function for Conv2d {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("conv2d", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        // Each factor for the other's gradient.
+        match value {
+            Value::Input(0) => needs[1],
+            Value::Input(1) => needs[0],
+            _ => false,
+        }
     }
 }

@@ -9,7 +9,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, on_cuda};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// `a * gelu(b)` where `a` and `b` are the first and the second half of the channels (diffusers: `GEGLU` after its
@@ -41,5 +41,9 @@ impl Function for Geglu {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("geglu", context.inputs[0], T => cpu::backward::<T>(context))
+    }
+
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value != Value::Outputs
     }
 }

@@ -9,7 +9,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, on_cuda, same_kind};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Normalises every token to mean 0 and variance 1 over its channels, then scales and shifts it (torch:
@@ -52,5 +52,9 @@ impl Function for LayerNorm {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("layer_norm", context.inputs[0], T => cpu::backward::<T>(self.eps, context))
+    }
+
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value != Value::Outputs
     }
 }

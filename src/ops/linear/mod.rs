@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use super::addends::{Addends, Places};
 use super::support::{dispatch, on_cuda, same_kind};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// `x W^T + b` (torch: `F.linear`).
@@ -59,5 +59,14 @@ impl Function for Linear {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("linear", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    fn uses(&self, value: Value, needs: &[bool]) -> bool {
+        // Each factor for the other's gradient.
+        match value {
+            Value::Input(0) => needs[1],
+            Value::Input(1) => needs[0],
+            _ => false,
+        }
     }
 }

@@ -9,7 +9,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, on_cuda};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Bilinear resizing (torch: `F.interpolate(mode="bilinear", align_corners=False, antialias=antialias)`, in
@@ -96,5 +96,9 @@ impl Function for ResizeBilinear {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("resize_bilinear", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
+        false
     }
 }

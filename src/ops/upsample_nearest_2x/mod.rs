@@ -9,7 +9,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, on_cuda};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Repeats every pixel twice in both directions (torch: `F.interpolate(scale_factor=2, mode="nearest")`; diffusers:
@@ -42,5 +42,9 @@ impl Function for UpsampleNearest2x {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("upsample_nearest_2x", context.inputs[0], T => cpu::backward::<T>(context))
+    }
+
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
+        false
     }
 }

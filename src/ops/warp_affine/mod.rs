@@ -9,7 +9,7 @@ mod tests;
 use candle_core::Tensor;
 
 use super::support::{dispatch, on_cuda};
-use crate::autograd::{Backward, Forward, Function, apply};
+use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::{Error, Result};
 
 /// Samples every picture at affinely mapped positions, bilinearly, with zeros outside (OpenCV: `warpAffine` with
@@ -62,5 +62,9 @@ impl Function for WarpAffine {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("warp_affine", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    fn uses(&self, _: Value, _: &[bool]) -> bool {
+        false
     }
 }

@@ -1,0 +1,102 @@
+//! A function that has been applied.
+
+use candle_core::{DType, Device, Shape, Tensor};
+
+use super::{Backward, Function, Value};
+use crate::autograd::tape;
+use crate::{Error, Result};
+
+/// An input as far as the backward pass needs it.
+struct Input {
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+    values: Option<Tensor>,
+}
+
+impl Input {
+    /// The input, or something of its shape and dtype that takes no memory: one number, repeated by a stride of 0.
+    fn tensor(&self, gradients: &[Option<Tensor>]) -> candle_core::Result<Tensor> {
+        if let Some(values) = &self.values {
+            return Ok(values.clone());
+        }
+        let number = match gradients.iter().flatten().find(|gradient| gradient.dtype() == self.dtype) {
+            Some(gradient) if gradient.elem_count() > 0 => gradient.flatten_all()?.narrow(0, 0, 1)?.reshape(())?,
+            _ => Tensor::zeros((), self.dtype, &self.device)?,
+        };
+        number.broadcast_as(&self.shape)
+    }
+}
+
+/// A function that has been applied, with all its backward pass needs.
+pub(in crate::autograd) struct Node {
+    function: Box<dyn Function>,
+    inputs: Vec<Input>,
+    saved: Vec<Tensor>,
+    needs: Vec<bool>,
+}
+
+impl Node {
+    pub fn new(function: Box<dyn Function>, inputs: Vec<Tensor>, saved: Vec<Tensor>, needs: Vec<bool>) -> Self {
+        let input = |(position, input): (usize, Tensor)| Input {
+            shape: input.shape().clone(),
+            dtype: input.dtype(),
+            device: input.device().clone(),
+            values: function.uses(Value::Input(position), &needs).then_some(input),
+        };
+        let inputs = inputs.into_iter().enumerate().map(input).collect();
+        Node { function, inputs, saved, needs }
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.function.name()
+    }
+
+    /// The gradients of all inputs; `None`, which stands for zero, for an input that needs none.
+    pub fn backward(&self, outputs: &[Option<Tensor>], gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+        let gradients = gradients
+            .iter()
+            .map(|gradient| gradient.as_ref().map(Tensor::contiguous).transpose())
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let inputs =
+            self.inputs.iter().map(|input| input.tensor(&gradients)).collect::<candle_core::Result<Vec<_>>>()?;
+        let context =
+            Backward { inputs: &inputs, outputs, saved: &self.saved, gradients: &gradients, needs: &self.needs };
+        let mut computed = tape::outside(|| self.function.backward(&context))?;
+        computed.resize(self.inputs.len(), None);
+        for ((gradient, input), needed) in computed.iter_mut().zip(&self.inputs).zip(&self.needs) {
+            match gradient {
+                _ if !needed => *gradient = None,
+                Some(given) if given.shape() != &input.shape || given.dtype() != input.dtype => {
+                    return Err(Error::argument(
+                        self.function.name(),
+                        "gradient",
+                        format!("shape {:?}, {:?}", input.shape.dims(), input.dtype),
+                        format!("shape {:?}, {:?}", given.dims(), given.dtype()),
+                    ));
+                }
+                _ => {}
+            }
+        }
+        Ok(computed)
+    }
+
+    /// The same, with zeros in place of `None` for every input that needs a gradient, save variables: candle insists
+    /// on one for all that it walks through.
+    pub fn backward_with_zeros(
+        &self,
+        variables: &[bool],
+        outputs: &[Option<Tensor>],
+        gradients: &[Option<Tensor>],
+    ) -> candle_core::Result<Vec<Option<Tensor>>> {
+        let mut computed = self.backward(outputs, gradients)?;
+        for (((gradient, input), needed), variable) in
+            computed.iter_mut().zip(&self.inputs).zip(&self.needs).zip(variables)
+        {
+            if gradient.is_none() && *needed && !variable {
+                *gradient = Some(Tensor::zeros(&input.shape, input.dtype, &input.device)?);
+            }
+        }
+        Ok(computed)
+    }
+}
