@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
-use candle_core::{CudaDevice, DType};
+use candle_core::{CudaDevice, DType, Tensor};
 
-use super::Buffer;
+use super::{Buffer, cuda_device, pointer};
 use crate::{Error, Result};
 
 /// A matrix on the GPU as a product reads it: `rows` by `columns` numbers, and how they are stored.
@@ -351,4 +351,32 @@ impl Launch<'_> {
 /// Whether running the product several times gives what running it once does.
 fn may_overwrite(product: &Gemm) -> bool {
     product.addend.is_none_or(|addend| !std::ptr::eq(addend, product.out))
+}
+
+/// `weight + scale * up . down`, in fresh memory: `weight` has as many rows as `up`, `(rows, rank)`; `down` has `rank`
+/// rows of the rest of the weight.
+pub(crate) fn add_low_rank(weight: &Tensor, up: &Tensor, down: &Tensor, scale: f64) -> Result<Tensor> {
+    let name = "merging a LoRA";
+    let (rows, rank) = (weight.dims()[0], down.dims()[0]);
+    let columns = weight.elem_count() / rows.max(1);
+    if up.elem_count() != rows * rank || down.elem_count() != rank * columns {
+        let expected = format!("up ({rows}, {rank}) and down ({rank}, {columns})");
+        return Err(Error::argument(name, "LoRA", expected, format!("{:?} and {:?}", up.dims(), down.dims())));
+    }
+    let merged = Buffer::like(name, weight)?;
+    gemm(
+        &cuda_device(name, weight)?,
+        &Gemm {
+            dtype: weight.dtype(),
+            left: Operand::new(pointer(name, up)?, rows, rank),
+            right: Operand::new(pointer(name, down)?, rank, columns),
+            scale: scale as f32,
+            addend: Some(pointer(name, weight)?),
+            bias: None,
+            out: merged.pointer(),
+            out_dtype: weight.dtype(),
+            batch: (1, [0; 3]),
+        },
+    )?;
+    Ok(merged.into_tensor())
 }

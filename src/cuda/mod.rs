@@ -11,7 +11,7 @@ mod graph;
 mod memory;
 mod reduce;
 
-pub(crate) use blas::{Gemm, Operand, gemm};
+pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm};
 pub use device::{MemoryUse, deterministic, memory_use, open, set_deterministic, synchronize};
 pub use graph::Graph;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};

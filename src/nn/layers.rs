@@ -8,9 +8,9 @@ use std::borrow::Cow;
 
 use candle_core::{D, Tensor};
 
-use super::lora::Loras;
+use super::lora::{LoraLayer, Loras};
 use super::{Init, Weights};
-use crate::ops::{self, Activation};
+use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
 
 /// `torch.nn.Linear`, with any number of LoRA sets at run time.
@@ -51,9 +51,20 @@ impl Linear {
     /// # Errors
     /// Those of [`ops::linear`].
     pub fn forward_adapted(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
-        let mut y = self.forward(x)?;
-        for (layer, scale) in loras.at(&self.path) {
-            y = ops::add(&y, &layer.forward_linear(x, scale)?)?;
+        self.forward_adding(x, loras, None)
+    }
+
+    /// The same with a residual of the shape of the result added, in one operation.
+    ///
+    /// # Errors
+    /// Those of [`ops::linear_with`].
+    pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
+        let adapted = Adapted::new(&self.weight, loras.at(&self.path), x)?;
+        let bias = like_opt(&self.bias, x)?;
+        let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
+        let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
+        for (layer, scale) in adapted.rest {
+            y = layer.add_linear(x, scale, &y)?;
         }
         Ok(y)
     }
@@ -103,11 +114,41 @@ impl Conv2d {
     /// # Errors
     /// Those of [`ops::conv2d`].
     pub fn forward_adapted(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
-        let mut y = self.forward(x)?;
-        for (layer, scale) in loras.at(&self.path) {
-            y = ops::add(&y, &layer.forward_conv(x, self.stride, self.padding, scale)?)?;
+        self.forward_adding(x, loras, &Addends::default())
+    }
+
+    /// The same with a vector a sample and a residual added, in one operation; the bias is the layer's own.
+    ///
+    /// # Errors
+    /// Those of [`ops::conv2d_with`].
+    pub fn forward_adding(&self, x: &Tensor, loras: &Loras, addends: &Addends<'_>) -> Result<Tensor> {
+        let adapted = Adapted::new(&self.weight, loras.at(&self.path), x)?;
+        let bias = like_opt(&self.bias, x)?;
+        let addends = Addends { bias: bias.as_deref(), ..*addends };
+        let mut y = ops::conv2d_with(x, &adapted.weight, &addends, self.stride, self.padding)?;
+        for (layer, scale) in adapted.rest {
+            y = layer.add_conv(x, self.stride, self.padding, scale, &y)?;
         }
         Ok(y)
+    }
+}
+
+/// A layer's weight with the LoRA layers merged into it that can be, and the others.
+struct Adapted<'a> {
+    weight: Cow<'a, Tensor>,
+    rest: Vec<(&'a LoraLayer, f64)>,
+}
+
+impl<'a> Adapted<'a> {
+    fn new(weight: &'a Tensor, layers: impl Iterator<Item = (&'a LoraLayer, f64)>, x: &Tensor) -> Result<Self> {
+        let mut adapted = Adapted { weight: like(weight, x)?, rest: Vec::new() };
+        for (layer, scale) in layers {
+            match layer.merged(&adapted.weight, scale)? {
+                Some(weight) => adapted.weight = Cow::Owned(weight),
+                None => adapted.rest.push((layer, scale)),
+            }
+        }
+        Ok(adapted)
     }
 }
 

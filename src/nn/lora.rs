@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use super::layers::{like, wrong_kind};
 use super::{Init, Weights};
-use crate::ops;
+use crate::ops::{self, Addends};
 use crate::{Error, Result};
 
 /// The LoRA of one layer: `scale * up(down(x))`.
@@ -31,11 +31,20 @@ impl LoraLayer {
     /// # Errors
     /// [`Error::Tensor`] where this is the LoRA of a convolution.
     pub fn forward_linear(&self, x: &Tensor, scale: f64) -> Result<Tensor> {
+        ops::linear(&self.low_linear(x, scale)?, &*like(&self.up, x)?, None)
+    }
+
+    /// `y + forward_linear(x)`.
+    pub(super) fn add_linear(&self, x: &Tensor, scale: f64, y: &Tensor) -> Result<Tensor> {
+        let addends = Addends { residual: Some(y), ..Addends::default() };
+        ops::linear_with(&self.low_linear(x, scale)?, &*like(&self.up, x)?, &addends)
+    }
+
+    fn low_linear(&self, x: &Tensor, scale: f64) -> Result<Tensor> {
         if self.down.rank() != 2 {
             return Err(wrong_kind(&self.path, "a linear layer's LoRA", "a convolution's LoRA"));
         }
-        let low = ops::scale(&ops::linear(x, &*like(&self.down, x)?, None)?, scale * self.scale)?;
-        ops::linear(&low, &*like(&self.up, x)?, None)
+        ops::scale(&ops::linear(x, &*like(&self.down, x)?, None)?, scale * self.scale)
     }
 
     /// `x`: `(batch, height, width, input)`; stride and padding are the base layer's.
@@ -43,11 +52,37 @@ impl LoraLayer {
     /// # Errors
     /// [`Error::Tensor`] where this is the LoRA of a linear layer.
     pub fn forward_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64) -> Result<Tensor> {
+        let low = self.low_conv(x, stride, padding, scale)?;
+        ops::conv2d(&low, &*like(&self.up, x)?, None, 1, 0)
+    }
+
+    /// `y + forward_conv(x)`.
+    pub(super) fn add_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64, y: &Tensor) -> Result<Tensor> {
+        let addends = Addends { residual: Some(y), ..Addends::default() };
+        ops::conv2d_with(&self.low_conv(x, stride, padding, scale)?, &*like(&self.up, x)?, &addends, 1, 0)
+    }
+
+    fn low_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64) -> Result<Tensor> {
         if self.down.rank() != 4 {
             return Err(wrong_kind(&self.path, "a convolution's LoRA", "a linear layer's LoRA"));
         }
-        let low = ops::conv2d(x, &*like(&self.down, x)?, None, stride, padding)?;
-        ops::conv2d(&ops::scale(&low, scale * self.scale)?, &*like(&self.up, x)?, None, 1, 0)
+        ops::scale(&ops::conv2d(x, &*like(&self.down, x)?, None, stride, padding)?, scale * self.scale)
+    }
+
+    /// The base layer's weight with this LoRA added to it, where that pays: on a GPU, for a frozen LoRA of a frozen
+    /// layer. There two products with a narrow matrix cost as much as the layer itself, while adding to the weight is a
+    /// read and a write of it.
+    pub(super) fn merged(&self, weight: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if weight.device().is_cuda() && ![weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
+            if weight.rank() != self.down.rank() {
+                return Err(wrong_kind(&self.path, "a LoRA of the layer's kind", "one of another"));
+            }
+            let (down, up) = (like(&self.down, weight)?, like(&self.up, weight)?);
+            return Ok(Some(crate::cuda::add_low_rank(weight, &up, &down, scale * self.scale)?));
+        }
+        let _ = (weight, scale);
+        Ok(None)
     }
 }
 

@@ -10,6 +10,7 @@ mod activation;
 mod addends;
 mod attention;
 mod conv2d;
+
 mod elementwise;
 mod geglu;
 mod group_norm;
@@ -22,8 +23,9 @@ mod warp_affine;
 
 pub use activation::{Activation, activation};
 pub use addends::Addends;
-pub use attention::{Mask, attention};
+pub use attention::{Mask, attention, cross_attention};
 pub use conv2d::{conv2d, conv2d_with};
+
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
     to_channels_last,

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::Config;
 use crate::Result;
 use crate::nn::{Conv2d, GroupNorm, Linear, Loras, Weights};
-use crate::ops::{Activation, add, add_per_sample, upsample_nearest_2x};
+use crate::ops::{Activation, Addends, upsample_nearest_2x};
 
 #[derive(Debug)]
 pub(super) struct Resnet {
@@ -36,13 +36,15 @@ impl Resnet {
 
     /// `x`: `(batch, height, width, input)`; `time`: `(batch, time_embed_dim)`, after its silu.
     pub fn forward(&self, x: &Tensor, time: &Tensor, loras: &Loras) -> Result<Tensor> {
-        let hidden = self.conv1.forward_adapted(&self.norm1.forward_with(x, Activation::Silu)?, loras)?;
-        let hidden = add_per_sample(&hidden, &self.time_emb_proj.forward_adapted(time, loras)?)?;
-        let hidden = self.conv2.forward_adapted(&self.norm2.forward_with(&hidden, Activation::Silu)?, loras)?;
-        match &self.conv_shortcut {
-            Some(shortcut) => add(&shortcut.forward_adapted(x, loras)?, &hidden),
-            None => add(x, &hidden),
-        }
+        let time = self.time_emb_proj.forward_adapted(time, loras)?;
+        let with_time = Addends { per_sample: Some(&time), ..Addends::default() };
+        let hidden = self.conv1.forward_adding(&self.norm1.forward_with(x, Activation::Silu)?, loras, &with_time)?;
+        let normed = self.norm2.forward_with(&hidden, Activation::Silu)?;
+        let shortcut = match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward_adapted(x, loras)?,
+            None => x.clone(),
+        };
+        self.conv2.forward_adding(&normed, loras, &Addends { residual: Some(&shortcut), ..Addends::default() })
     }
 }
 

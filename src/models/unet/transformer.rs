@@ -94,20 +94,17 @@ impl TransformerBlock {
         let (key, value) = self.attn1.key_value(normed, loras)?;
         let reference = inputs.reference.as_ref().map(|(key, value)| (key, value));
         let attended = ops::attention(&query, (&key, &value), reference, self.attn1.heads, Mask::None)?;
-        let hidden = ops::add(hidden, &self.attn1.to_out.forward_adapted(&attended, loras)?)?;
+        let hidden = self.attn1.to_out.forward_adding(&attended, loras, Some(hidden))?;
 
         let normed = self.norm2.forward(&hidden)?;
         let query = self.attn2.to_q.forward_adapted(&normed, loras)?;
         let (key, value) = self.attn2.key_value(text, loras)?;
-        let mut attended = ops::attention(&query, (&key, &value), None, self.attn2.heads, Mask::None)?;
-        if let Some((key, value)) = &inputs.image {
-            let image = ops::attention(&query, (key, value), None, self.attn2.heads, Mask::None)?;
-            attended = ops::add_scaled(&attended, &image, image_scale)?;
-        }
-        let hidden = ops::add(&hidden, &self.attn2.to_out.forward_adapted(&attended, loras)?)?;
+        let image = inputs.image.as_ref().map(|(key, value)| ((key, value), image_scale));
+        let attended = ops::cross_attention(&query, (&key, &value), image, self.attn2.heads)?;
+        let hidden = self.attn2.to_out.forward_adding(&attended, loras, Some(&hidden))?;
 
         let gated = ops::geglu(&self.proj.forward_adapted(&self.norm3.forward(&hidden)?, loras)?)?;
-        ops::add(&hidden, &self.out.forward_adapted(&gated, loras)?)
+        self.out.forward_adding(&gated, loras, Some(&hidden))
     }
 }
 
@@ -172,8 +169,8 @@ impl Transformer {
             }
             hidden = block.forward(&hidden, &normed, text, inputs, pass, image_scale)?;
         }
-        let hidden = self.proj_out.forward_adapted(&hidden, &pass.loras)?;
-        let hidden = ops::add(&ops::reshape(&hidden, (batch, height, width, channels))?, x)?;
-        Ok(TransformerOutput { hidden: Some(hidden), recorded })
+        let residual = ops::reshape(x, (batch, height * width, channels))?;
+        let hidden = self.proj_out.forward_adding(&hidden, &pass.loras, Some(&residual))?;
+        Ok(TransformerOutput { hidden: Some(ops::reshape(&hidden, (batch, height, width, channels))?), recorded })
     }
 }

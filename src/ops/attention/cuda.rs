@@ -12,7 +12,7 @@ use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken
 /// `LcmAttention` of `attention.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Arguments {
+pub(super) struct Arguments {
     q: *const c_void,
     k: *const c_void,
     v: *const c_void,
@@ -37,7 +37,7 @@ struct Arguments {
 
 /// `LcmAttentionGradient` of `attention.h`.
 #[repr(C)]
-struct GradientArguments {
+pub(super) struct GradientArguments {
     forward: Arguments,
     dout: *const c_void,
     gradients: [*mut c_void; 5],
@@ -60,7 +60,12 @@ unsafe extern "C" {
 const NAME: &str = "attention";
 
 /// The arguments for inputs `q, k, v` or `q, k, v, k2, v2`, all contiguous, whose shapes `attention` has checked.
-fn arguments(attention: &Attention, inputs: &[Tensor], out: *mut c_void, lse: *mut f32) -> Result<Arguments> {
+pub(super) fn arguments(
+    attention: &Attention,
+    inputs: &[Tensor],
+    out: *mut c_void,
+    lse: *mut f32,
+) -> Result<Arguments> {
     let (batch, tokens, channels) = inputs[0].dims3()?;
     let own_tokens = inputs[1].dim(1)?;
     let (reference_batch, reference_tokens) = match inputs.get(3) {
@@ -114,44 +119,58 @@ pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forwar
     Ok(Forward { outputs: vec![out.into_output()], saved: vec![lse.into_tensor()] })
 }
 
-pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-    let inputs = context.inputs;
-    let device = cuda_device(NAME, &inputs[0])?;
-    let Some(out) = context.outputs.first().and_then(Option::as_ref) else {
-        return Ok(vec![None; inputs.len()]);
-    };
-    let forward = arguments(attention, inputs, pointer(NAME, out)?, pointer(NAME, &context.saved[0])?.cast())?;
-    // Keys and values go in pairs: the kernels make the gradients of both or of neither.
-    let pair = |i: usize| context.needs.get(i) == Some(&true) || context.needs.get(i + 1) == Some(&true);
-    let wanted = [context.needs[0], pair(1), pair(1), pair(3), pair(3)];
-    let mut buffers: [Option<Buffer>; 5] = Default::default();
-    for ((buffer, input), wanted) in buffers.iter_mut().zip(inputs).zip(wanted) {
-        if wanted {
-            *buffer = Some(Buffer::like(NAME, input)?);
+impl GradientArguments {
+    /// The arguments for the gradients that are wanted, and fresh memory for each of those; no workspace yet.
+    ///
+    /// Keys and values go in pairs: the kernels make the gradients of both or of neither.
+    pub fn new(attention: &Attention, context: &Backward<'_>) -> Result<(Self, [Option<Buffer>; 5])> {
+        let inputs = context.inputs;
+        // A function of one output gets that output here, unless it disclaims it.
+        let out = context.outputs.first().and_then(Option::as_ref);
+        let out = out.map_or(Ok(std::ptr::null_mut()), |out| pointer(NAME, out))?;
+        let forward = arguments(attention, inputs, out, pointer(NAME, &context.saved[0])?.cast())?;
+        let pair = |i: usize| context.needs.get(i) == Some(&true) || context.needs.get(i + 1) == Some(&true);
+        let wanted = [context.needs[0], pair(1), pair(1), pair(3), pair(3)];
+        let mut buffers: [Option<Buffer>; 5] = Default::default();
+        for ((buffer, input), wanted) in buffers.iter_mut().zip(inputs).zip(wanted) {
+            if wanted {
+                *buffer = Some(Buffer::like(NAME, input)?);
+            }
         }
+        let arguments = GradientArguments {
+            forward,
+            dout: pointer(NAME, context.gradient()?)?,
+            gradients: buffers.each_ref().map(|buffer| buffer.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer)),
+            rows: [0, 1, 2, 3, 4].map(|i| forward.rows[i]),
+            batches: [0, 1, 2, 3, 4].map(|i| forward.batches[i]),
+            workspace: std::ptr::null_mut(),
+            workspace_bytes: 0,
+            deterministic: i32::from(crate::cuda::deterministic()),
+        };
+        Ok((arguments, buffers))
     }
-    let mut gradient = GradientArguments {
-        forward,
-        dout: pointer(NAME, context.gradient()?)?,
-        gradients: buffers.each_ref().map(|buffer| buffer.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer)),
-        rows: [forward.rows[0], forward.rows[1], forward.rows[2], forward.rows[3], forward.rows[4]],
-        batches: [0, 1, 2, 3, 4].map(|i| forward.batches[i]),
-        workspace: std::ptr::null_mut(),
-        workspace_bytes: 0,
-        deterministic: i32::from(crate::cuda::deterministic()),
-    };
+
+    /// Hands a workspace to the kernels.
+    pub fn lend(&mut self, workspace: &Buffer, bytes: usize) {
+        (self.workspace, self.workspace_bytes) = (workspace.pointer(), bytes);
+    }
+}
+
+pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+    let device = cuda_device(NAME, &context.inputs[0])?;
+    let (mut arguments, buffers) = GradientArguments::new(attention, context)?;
     let stream = stream(&device);
     // SAFETY: as in `forward`; each workspace has the size its kernel asked for and lives until it is launched.
     unsafe {
-        let bytes = lcm_attention_backward_hopper_workspace(&raw const gradient);
+        let bytes = lcm_attention_backward_hopper_workspace(&raw const arguments);
         let workspace = Buffer::bytes(&device, bytes)?;
-        (gradient.workspace, gradient.workspace_bytes) = (workspace.pointer(), bytes);
-        if !taken(NAME, lcm_attention_backward_hopper(&raw const gradient, stream))? {
-            let bytes = lcm_attention_backward_portable_workspace(&raw const gradient);
+        arguments.lend(&workspace, bytes);
+        if !taken(NAME, lcm_attention_backward_hopper(&raw const arguments, stream))? {
+            let bytes = lcm_attention_backward_portable_workspace(&raw const arguments);
             let workspace = Buffer::bytes(&device, bytes)?;
-            (gradient.workspace, gradient.workspace_bytes) = (workspace.pointer(), bytes);
-            check(NAME, lcm_attention_backward_portable(&raw const gradient, stream))?;
+            arguments.lend(&workspace, bytes);
+            check(NAME, lcm_attention_backward_portable(&raw const arguments, stream))?;
         }
     }
-    Ok(buffers.into_iter().take(inputs.len()).map(|buffer| buffer.map(Buffer::into_tensor)).collect())
+    Ok(buffers.into_iter().take(context.inputs.len()).map(|buffer| buffer.map(Buffer::into_tensor)).collect())
 }

@@ -1,6 +1,9 @@
 //! Scaled dot-product attention over one or two sources of keys and values.
 
 mod backward;
+mod cross;
+#[cfg(feature = "cuda")]
+mod cross_cuda;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod exponential;
@@ -10,6 +13,8 @@ mod tests;
 mod view;
 
 use candle_core::Tensor;
+
+pub use cross::cross_attention;
 
 use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};

@@ -10,6 +10,7 @@ use crate::autograd::{Backward, Forward};
 use crate::cuda::{
     Buffer, Gemm, Operand, add_channels, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
 };
+use crate::{Error, Result};
 
 /// `LcmConv2d` of `conv2d.h`.
 #[repr(C)]

@@ -131,6 +131,6 @@ pub(super) fn backward(norm: &GroupNorm, context: &Backward<'_>) -> Result<Vec<O
         )
     };
     check(NAME, status)?;
-    let cast = |buffer: Option<Buffer>| buffer.map(|buffer| Ok(buffer.into_tensor().to_dtype(x.dtype())?)).transpose();
+    let cast = |buffer: Option<Buffer>| buffer.map(|buffer| buffer.into_tensor().to_dtype(x.dtype())).transpose();
     Ok(vec![dx.map(Buffer::into_tensor), cast(dweight)?, cast(dbias)?])
 }

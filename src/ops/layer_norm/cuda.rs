@@ -110,6 +110,6 @@ pub(super) fn backward(context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         )
     };
     check(NAME, status)?;
-    let cast = |buffer: Option<Buffer>| buffer.map(|buffer| Ok(buffer.into_tensor().to_dtype(x.dtype())?)).transpose();
+    let cast = |buffer: Option<Buffer>| buffer.map(|buffer| buffer.into_tensor().to_dtype(x.dtype())).transpose();
     Ok(vec![dx.map(Buffer::into_tensor), cast(dweight)?, cast(dbias)?])
 }
