@@ -1,9 +1,11 @@
 //! Measures SDXL at full size, with random weights, on one GPU.
 
 mod attention;
+mod compare;
 mod measure;
 mod unet;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -22,6 +24,9 @@ struct Arguments {
     /// What to measure; all where none is given
     #[arg(value_enum)]
     parts: Vec<Part>,
+    /// Compare the U-Net with what reference.py wrote to this folder, and measure nothing else
+    #[arg(long, value_name = "FOLDER")]
+    compare: Option<PathBuf>,
     /// Which GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -39,6 +44,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let device = cuda::open(arguments.gpu)?;
+    if let Some(folder) = &arguments.compare {
+        return compare::compare(folder, &device);
+    }
     let mut report = Report::new(&device)?;
     let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
     if wanted(Part::Attention) {

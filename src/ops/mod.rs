@@ -23,7 +23,7 @@ mod warp_affine;
 
 pub use activation::{Activation, activation};
 pub use addends::Addends;
-pub use attention::{Mask, attention, cross_attention};
+pub use attention::{Mask, attention, attention_where, cross_attention};
 pub use conv2d::{conv2d, conv2d_with};
 
 pub use elementwise::{

@@ -69,6 +69,11 @@ impl Ema {
     /// Where the device fails.
     pub fn update(&mut self) -> Result<()> {
         let rest = 1.0 - self.next_decay();
+        #[cfg(feature = "cuda")]
+        if self.update_on_gpu(rest)? {
+            self.update_count += 1;
+            return Ok(());
+        }
         for (name, variable) in self.parameters.all() {
             let moved = match self.averages.get(&name) {
                 Some(average) => {
@@ -81,6 +86,24 @@ impl Ema {
         }
         self.update_count += 1;
         Ok(())
+    }
+
+    /// All averages in one kernel; false where one is missing, or a parameter is not f32 on a GPU.
+    #[cfg(feature = "cuda")]
+    fn update_on_gpu(&mut self, rest: f64) -> Result<bool> {
+        use super::optimizer::cuda::{Part, step};
+        let parameters = self.parameters.all();
+        let mut parts = Vec::with_capacity(parameters.len());
+        for (name, variable) in &parameters {
+            match self.averages.get(name) {
+                Some(average) if variable.device().is_cuda() && variable.dtype() == DType::F32 => {
+                    let average = Some((average, rest));
+                    parts.push(Part { parameter: variable.as_tensor(), update: None, average });
+                }
+                _ => return Ok(false),
+            }
+        }
+        step(&parts, 0.0).map(|_| true)
     }
 
     /// The averages, by the parameters' names.

@@ -302,15 +302,14 @@ impl Trainer {
     }
 
     /// One update of the parameters; returns the norm of the gradient before clipping. Without gradients, no update.
-    fn update(&mut self, mut gradients: Gradients, lr_factor: f64) -> Result<Option<f64>> {
+    fn update(&mut self, gradients: Gradients, lr_factor: f64) -> Result<Option<f64>> {
         if gradients.is_empty() {
             return Ok(None);
         }
-        let norm = gradients.clip(self.config.optimizer.max_grad_norm)?;
+        let norm = self.optimizer.clip_and_step(gradients, lr_factor, self.config.optimizer.max_grad_norm)?;
         if !norm.is_finite() {
             return Err(Error::Training { step: self.step, reason: format!("the norm of the gradient is {norm}") });
         }
-        self.optimizer.step(&gradients, lr_factor)?;
         Ok(Some(norm))
     }
 

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces};
-use super::{Attention, Mask};
+use super::Attention;
 use crate::autograd::Backward;
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -
         log_sums: &log_sums,
         needs: context.needs,
         heads,
-        mask: op.mask,
+        op,
     };
     let spans = if batch * heads < HEADS { SPANS } else { 1 };
     let span = tokens.div_ceil(spans).next_multiple_of(QUERIES).max(QUERIES);
@@ -94,7 +94,7 @@ struct Pass<'a, T> {
     log_sums: &'a [T],
     needs: &'a [bool],
     heads: usize,
-    mask: Mask,
+    op: &'a Attention,
 }
 
 impl<T: Exponential> Pass<'_, T> {
@@ -123,7 +123,7 @@ impl<T: Exponential> Pass<'_, T> {
 
         for index in (1..self.inputs.len()).step_by(2) {
             let (needs_q, needs_k, needs_v) = (self.needs[0], self.needs[index], self.needs[index + 1]);
-            if !(needs_q || needs_k || needs_v) {
+            if !(needs_q || needs_k || needs_v) || !self.op.sees(sample, index / 2) {
                 continue;
             }
             for (key, keys) in pieces(self.inputs[index].tokens, KEYS) {
@@ -132,14 +132,14 @@ impl<T: Exponential> Pass<'_, T> {
                 for (from, queries) in pieces(count, QUERIES) {
                     let query = start + from;
                     let tile = Tile { query, queries, key, keys };
-                    if tile.is_hidden(self.mask) {
+                    if tile.is_hidden(self.op.mask) {
                         continue;
                     }
                     let q_rows = q.rows(sample, head, query, queries);
                     let g_rows = self.gradient.rows(sample, head, query, queries);
                     let [scores, slopes] = &mut buffers;
                     let (scores, slopes) = (&mut scores[..tile.area()], &mut slopes[..tile.area()]);
-                    tile.scores(scores, q_rows, k_rows, self.mask);
+                    tile.scores(scores, q_rows, k_rows, self.op.mask);
                     for (row, log_sum) in scores.chunks_exact_mut(keys).zip(&log_sums[from..]) {
                         exponentials(row, *log_sum);
                     }

@@ -1,13 +1,17 @@
 //! Attention on a GPU: Hopper's tensor-core kernels where they take the shapes, the portable ones elsewhere.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
-use candle_core::{DType, Tensor};
+use candle_core::cuda_backend::DeviceId;
+use candle_core::{CudaDevice, DType, Tensor};
 
 use super::{Attention, Mask};
 use crate::Result;
 use crate::autograd::{Backward, Forward};
-use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken};
+use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken, upload};
 
 /// `LcmAttention` of `attention.h`.
 #[repr(C)]
@@ -102,13 +106,33 @@ pub(super) fn arguments(
     })
 }
 
+/// The flags that say which samples see the reference, on the GPU; none where all do. They are few, and kept, so that
+/// a pass uploads them once and not in every layer.
+fn flags(attention: &Attention, device: &CudaDevice) -> Result<Option<Tensor>> {
+    type Flags = HashMap<(DeviceId, Arc<[bool]>), Tensor>;
+    static KEPT: LazyLock<Mutex<Flags>> = LazyLock::new(Mutex::default);
+    let Some(flags) = attention.sees_reference.clone() else { return Ok(None) };
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    match kept.entry((device.id(), flags)) {
+        Entry::Occupied(entry) => Ok(Some(entry.get().clone())),
+        Entry::Vacant(entry) => {
+            let bytes: Vec<u8> = entry.key().1.iter().map(|sees| u8::from(*sees)).collect();
+            Ok(Some(entry.insert(upload(device, &bytes)?).clone()))
+        }
+    }
+}
+
 pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forward> {
     let q = &inputs[0];
     let device = cuda_device(NAME, q)?;
     let (batch, tokens, _) = q.dims3()?;
     let out = Buffer::like(NAME, q)?;
     let lse = Buffer::new(&device, (batch, attention.heads, tokens), DType::F32)?;
-    let arguments = arguments(attention, inputs, out.pointer(), lse.pointer().cast())?;
+    let mut arguments = arguments(attention, inputs, out.pointer(), lse.pointer().cast())?;
+    let flags = flags(attention, &device)?;
+    if let Some(flags) = &flags {
+        arguments.use_reference = pointer(NAME, flags)?.cast();
+    }
     let stream = stream(&device);
     // SAFETY: the arguments point to tensors and buffers of the shapes they state, alive on this stream.
     unsafe {
@@ -116,7 +140,7 @@ pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forwar
             check(NAME, lcm_attention_forward_portable(&raw const arguments, stream))?;
         }
     }
-    Ok(Forward { outputs: vec![out.into_output()], saved: vec![lse.into_tensor()] })
+    Ok(Forward { outputs: vec![out.into_output()], saved: std::iter::once(lse.into_tensor()).chain(flags).collect() })
 }
 
 impl GradientArguments {
@@ -128,7 +152,10 @@ impl GradientArguments {
         // A function of one output gets that output here, unless it disclaims it.
         let out = context.outputs.first().and_then(Option::as_ref);
         let out = out.map_or(Ok(std::ptr::null_mut()), |out| pointer(NAME, out))?;
-        let forward = arguments(attention, inputs, out, pointer(NAME, &context.saved[0])?.cast())?;
+        let mut forward = arguments(attention, inputs, out, pointer(NAME, &context.saved[0])?.cast())?;
+        if let (Some(flags), Some(_)) = (context.saved.get(1), &attention.sees_reference) {
+            forward.use_reference = pointer(NAME, flags)?.cast();
+        }
         let pair = |i: usize| context.needs.get(i) == Some(&true) || context.needs.get(i + 1) == Some(&true);
         let wanted = [context.needs[0], pair(1), pair(1), pair(3), pair(3)];
         let mut buffers: [Option<Buffer>; 5] = Default::default();

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, exponentials, maximum, pieces};
-use super::{Attention, Mask};
+use super::Attention;
 use crate::Result;
 use crate::autograd::{Forward, Output};
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
@@ -27,7 +27,7 @@ pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Resu
         .collect();
     let computed: Vec<(Vec<T>, Vec<T>)> = tiles
         .par_iter()
-        .map(|&(sample, head, start, count)| one_tile(q, sources, op.mask, (sample, head), (start, count)))
+        .map(|&(sample, head, start, count)| one_tile(q, sources, op, (sample, head), (start, count)))
         .collect();
 
     let mut output = vec![T::of(0.0); batch * tokens * channels];
@@ -51,7 +51,7 @@ pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Resu
 fn one_tile<T: Exponential>(
     q: View<'_, T>,
     sources: &[View<'_, T>],
-    mask: Mask,
+    op: &Attention,
     (sample, head): (usize, usize),
     (query, queries): (usize, usize),
 ) -> (Vec<T>, Vec<T>) {
@@ -61,14 +61,14 @@ fn one_tile<T: Exponential>(
     let mut maxima = vec![T::of(f64::NEG_INFINITY); queries];
     let mut sums = vec![T::of(0.0); queries];
     let mut buffer = vec![T::of(0.0); queries * KEYS];
-    for source in sources.chunks_exact(2) {
+    for (_, source) in sources.chunks_exact(2).enumerate().filter(|(place, _)| op.sees(sample, *place)) {
         for (key, keys) in pieces(source[0].tokens, KEYS) {
             let tile = Tile { query, queries, key, keys };
-            if tile.is_hidden(mask) {
+            if tile.is_hidden(op.mask) {
                 break;
             }
             let scores = &mut buffer[..tile.area()];
-            tile.scores(scores, q_rows, source[0].rows(sample, head, key, keys), mask);
+            tile.scores(scores, q_rows, source[0].rows(sample, head, key, keys), op.mask);
             for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
                 // Finite from the first block on: a causal mask leaves key 0 to every query.
                 let largest = maximum(row, maxima[i]);

@@ -12,6 +12,8 @@ mod forward;
 mod tests;
 mod view;
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 pub use cross::cross_attention;
@@ -50,6 +52,37 @@ pub fn attention(
     q: &Tensor,
     own: (&Tensor, &Tensor),
     reference: Option<(&Tensor, &Tensor)>,
+    heads: usize,
+    mask: Mask,
+) -> Result<Tensor> {
+    attend(q, own, reference, None, heads, mask)
+}
+
+/// [`attention`] over two sources of which some samples of the batch see the first alone (classifier-free guidance runs
+/// samples with and without a reference in one batch). `sees_reference`: one a sample.
+///
+/// # Errors
+/// As [`attention`], and where the number of flags is not that of the samples.
+pub fn attention_where(
+    q: &Tensor,
+    own: (&Tensor, &Tensor),
+    reference: (&Tensor, &Tensor),
+    sees_reference: &[bool],
+    heads: usize,
+) -> Result<Tensor> {
+    if sees_reference.len() != q.dims().first().copied().unwrap_or(0) {
+        let (expected, found) = (format!("one a sample of {:?}", q.dims()), sees_reference.len().to_string());
+        return Err(Error::argument("attention", "sees_reference", expected, found));
+    }
+    let flags = sees_reference.contains(&false).then(|| sees_reference.into());
+    attend(q, own, Some(reference), flags, heads, Mask::None)
+}
+
+fn attend(
+    q: &Tensor,
+    own: (&Tensor, &Tensor),
+    reference: Option<(&Tensor, &Tensor)>,
+    sees_reference: Option<Arc<[bool]>>,
     heads: usize,
     mask: Mask,
 ) -> Result<Tensor> {
@@ -100,13 +133,22 @@ pub fn attention(
     if tokens == 0 {
         return wrong("own keys", "at least one key".into(), "none".into());
     }
-    apply(Attention { heads, mask }, &inputs)
+    apply(Attention { heads, mask, sees_reference }, &inputs)
 }
 
 /// Its inputs are `q, k, v` or `q, k, v, k2, v2`.
 struct Attention {
     heads: usize,
     mask: Mask,
+    /// Which samples see the reference; all, where there are no flags.
+    sees_reference: Option<Arc<[bool]>>,
+}
+
+impl Attention {
+    /// Whether a sample sees the source of keys and values at a position: its own, or the reference.
+    fn sees(&self, sample: usize, source: usize) -> bool {
+        source == 0 || self.sees_reference.as_ref().is_none_or(|flags| flags[sample])
+    }
 }
 
 impl Function for Attention {

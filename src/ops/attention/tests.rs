@@ -1,7 +1,7 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 use proptest::prelude::{ProptestConfig, proptest};
 
-use super::{Mask, attention};
+use super::{Mask, attention, attention_where};
 use crate::Result;
 use crate::autograd::check_gradients;
 use crate::random::Address;
@@ -283,5 +283,29 @@ fn timings() -> Result<()> {
         }
         println!("{problem:?}: forward {:.2} ms, backward {:.2} ms", forward * 1e3, backward * 1e3);
     }
+    Ok(())
+}
+
+fn normal(purpose: &'static str, shape: &[usize]) -> Result<Tensor> {
+    Address::new(7, purpose).normal(shape, DType::F64, &Device::Cpu)
+}
+
+#[test]
+fn samples_that_do_not_see_the_reference_attend_to_their_own_keys_alone() -> Result<()> {
+    let shapes = [[3, 5, 8], [3, 6, 8], [3, 6, 8], [1, 4, 8], [1, 4, 8]];
+    let names = ["q", "k", "v", "k2", "v2"];
+    let inputs: Vec<Tensor> =
+        shapes.iter().zip(names).map(|(shape, name)| normal(name, shape)).collect::<Result<_>>()?;
+    let (own, reference) = ((&inputs[1], &inputs[2]), (&inputs[3], &inputs[4]));
+    let mixed = attention_where(&inputs[0], own, reference, &[true, false, true], 2)?;
+    let with = attention(&inputs[0], own, Some(reference), 2, Mask::None)?;
+    let without = attention(&inputs[0], own, None, 2, Mask::None)?;
+    for (sample, expected) in [(0, &with), (1, &without), (2, &with)] {
+        assert_eq!(distance(&mixed.get(sample)?, &expected.get(sample)?)?, 0.0, "sample {sample}");
+    }
+    let check = check_gradients(&inputs, |t| {
+        Ok(vec![attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[true, false, true], 2)?])
+    })?;
+    assert!(check.worst() < 1e-7, "{check:?}");
     Ok(())
 }

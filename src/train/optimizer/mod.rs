@@ -1,5 +1,7 @@
 //! AdamW over groups of parameters.
 
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;
 mod moments;
 #[cfg(test)]
 mod tests;
@@ -115,6 +117,10 @@ impl AdamW {
     /// nothing was updated. Otherwise where the device fails.
     pub fn step(&mut self, gradients: &Gradients, lr_factor: f64) -> Result<()> {
         self.check(gradients)?;
+        #[cfg(feature = "cuda")]
+        if self.is_on_gpu() {
+            return self.step_on_gpu(gradients, lr_factor, 0.0).map(|_| ());
+        }
         self.step_count += 1;
         for group in &mut self.groups {
             let learning_rate = group.learning_rate * lr_factor;
@@ -126,6 +132,67 @@ impl AdamW {
             }
         }
         Ok(())
+    }
+
+    /// Clips the gradients to a norm (0: not at all), as [`Gradients::clip`], and does a [`step`](Self::step) with them.
+    /// Returns the norm before clipping; where it is not finite, nothing was updated. On a GPU all of it is three
+    /// kernels, whatever the number of parameters.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn clip_and_step(&mut self, mut gradients: Gradients, lr_factor: f64, max_norm: f64) -> Result<f64> {
+        self.check(&gradients)?;
+        #[cfg(feature = "cuda")]
+        if self.is_on_gpu() {
+            return self.step_on_gpu(&gradients, lr_factor, max_norm);
+        }
+        let norm = gradients.clip(max_norm)?;
+        if norm.is_finite() {
+            self.step(&gradients, lr_factor)?;
+        }
+        Ok(norm)
+    }
+
+    /// Whether the kernels take all parameters: f32, on one GPU.
+    #[cfg(feature = "cuda")]
+    fn is_on_gpu(&self) -> bool {
+        let location = self.slots().next().map(|slot| slot.variable.device().location());
+        let fits = |slot: &Slot| slot.variable.device().is_cuda() && slot.variable.dtype() == DType::F32;
+        self.slots().all(|slot| fits(slot) && Some(slot.variable.device().location()) == location)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn step_on_gpu(&mut self, gradients: &Gradients, lr_factor: f64, max_norm: f64) -> Result<f64> {
+        let mut updates = Vec::new();
+        for group in &self.groups {
+            for slot in &group.slots {
+                if let Some(gradient) = gradients.get(&slot.name) {
+                    let rate = group.learning_rate * lr_factor;
+                    let update = Update::new(&self.config, rate, group.weight_decay, slot.step + 1);
+                    updates.push((slot, gradient.contiguous()?, update));
+                }
+            }
+        }
+        let parts: Vec<cuda::Part<'_>> = updates
+            .iter()
+            .filter_map(|(slot, gradient, update)| match &slot.moments {
+                Moments::Tensors(first, second) => Some(cuda::Part {
+                    parameter: slot.variable.as_tensor(),
+                    update: Some((first, second, gradient, update)),
+                    average: None,
+                }),
+                // On a GPU moments are always tensors.
+                _ => None,
+            })
+            .collect();
+        let norm = cuda::step(&parts, max_norm)?;
+        if norm.is_finite() {
+            self.step_count += 1;
+            for slot in self.groups.iter_mut().flat_map(|group| &mut group.slots) {
+                slot.step += u64::from(gradients.get(&slot.name).is_some());
+            }
+        }
+        Ok(norm)
     }
 
     fn slots(&self) -> impl Iterator<Item = &Slot> {
