@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::layers::{like, wrong_kind};
+use super::layers::{like, like_conv, wrong_kind};
 use super::{Init, Weights};
 use crate::ops;
 use crate::{Error, Result};
@@ -17,9 +17,9 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct LoraLayer {
     path: String,
-    /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)`.
+    /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)` (a variable: as stored).
     down: Tensor,
-    /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)`.
+    /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)` (a variable: as stored).
     up: Tensor,
     /// alpha / rank.
     scale: f64,
@@ -46,8 +46,8 @@ impl LoraLayer {
         if self.down.rank() != 4 {
             return Err(wrong_kind(&self.path, "a convolution's LoRA", "a linear layer's LoRA"));
         }
-        let low = ops::conv2d(x, &*like(&self.down, x)?, None, stride, padding)?;
-        ops::conv2d(&ops::scale(&low, scale * self.scale)?, &*like(&self.up, x)?, None, 1, 0)
+        let low = ops::conv2d(x, &*like_conv(&self.down, x)?, None, stride, padding)?;
+        ops::conv2d(&ops::scale(&low, scale * self.scale)?, &*like_conv(&self.up, x)?, None, 1, 0)
     }
 }
 
