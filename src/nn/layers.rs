@@ -59,7 +59,7 @@ impl Linear {
     /// # Errors
     /// Those of [`ops::linear_with`].
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
-        let adapted = Adapted::new(&self.weight, loras.at(&self.path), x)?;
+        let adapted = Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
@@ -106,7 +106,7 @@ impl Conv2d {
     /// Those of [`ops::conv2d`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = like_opt(&self.bias, x)?;
-        ops::conv2d(x, &*like(&self.weight, x)?, bias.as_deref(), self.stride, self.padding)
+        ops::conv2d(x, &*like_conv(&self.weight, x)?, bias.as_deref(), self.stride, self.padding)
     }
 
     /// The same with the LoRA sets that have an entry for this layer added.
@@ -122,7 +122,7 @@ impl Conv2d {
     /// # Errors
     /// Those of [`ops::conv2d_with`].
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, addends: &Addends<'_>) -> Result<Tensor> {
-        let adapted = Adapted::new(&self.weight, loras.at(&self.path), x)?;
+        let adapted = Adapted::new(like_conv(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
         let addends = Addends { bias: bias.as_deref(), ..*addends };
         let mut y = ops::conv2d_with(x, &adapted.weight, &addends, self.stride, self.padding)?;
@@ -257,6 +257,14 @@ pub(super) fn like<'a>(weight: &'a Tensor, x: &Tensor) -> Result<Cow<'a, Tensor>
     }
 }
 
+/// The same for the weight of a convolution, in the order of [`ops::conv2d`].
+pub(super) fn like_conv<'a>(weight: &'a Tensor, x: &Tensor) -> Result<Cow<'a, Tensor>> {
+    match weight.is_variable() {
+        true => Ok(Cow::Owned(ops::to_channels_last(&*like(weight, x)?)?)),
+        false => like(weight, x),
+    }
+}
+
 fn like_opt<'a>(weight: &'a Option<Tensor>, x: &Tensor) -> Result<Option<Cow<'a, Tensor>>> {
     weight.as_ref().map(|weight| like(weight, x)).transpose()
 }
@@ -264,4 +272,53 @@ fn like_opt<'a>(weight: &'a Option<Tensor>, x: &Tensor) -> Result<Option<Cow<'a,
 /// Makes sure a layer path of a LoRA set fits the layer it is applied to.
 pub(super) fn wrong_kind(path: &str, expected: &'static str, found: &'static str) -> Error {
     Error::Tensor { file: "LoRA".into(), tensor: path.to_string(), expected: expected.into(), found: found.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::nn::Parameters;
+    use crate::random::Address;
+
+    #[test]
+    fn a_trainable_weight_of_another_dtype_is_cast_and_its_gradient_comes_back_in_its_own() -> Result<()> {
+        let parameters = Parameters::new();
+        let weights = Weights::trainable(&parameters, 1, DType::F64, &Device::Cpu);
+        let (linear, conv) =
+            (Linear::load(4, 6, true, &weights.pp("linear"))?, Conv2d::load(6, 4, 3, 1, 1, true, &weights.pp("conv"))?);
+        let (group, layer) = (
+            GroupNorm::load(2, 4, 1e-5, &weights.pp("group_norm"))?,
+            LayerNorm::load(4, 1e-5, &weights.pp("layer_norm"))?,
+        );
+        let run = |dtype| -> Result<_> {
+            let x = Address::new(9, "x").normal((1, 3, 3, 4), DType::F64, &Device::Cpu)?.to_dtype(dtype)?;
+            let y = layer.forward(&group.forward(&conv.forward(&linear.forward(&x)?)?)?)?;
+            assert_eq!(y.dtype(), dtype);
+            Ok(y.powf(3.0)?.sum_all()?.backward()?)
+        };
+        let (exact, cast) = (run(DType::F64)?, run(DType::F32)?);
+        assert_eq!(parameters.len(), 8);
+        for (name, variable) in parameters.all() {
+            let (exact, cast) = (exact.get(&variable).unwrap(), cast.get(&variable).unwrap());
+            assert_eq!(cast.dtype(), DType::F64, "{name}");
+            let size = |t: &Tensor| -> Result<f64> { Ok(t.abs()?.max_all()?.to_scalar()?) };
+            // The bias before a group norm of two channels a group hardly counts: what is left of it is rounding.
+            assert!(size(&(exact - cast)?)? < 1e-3 * size(exact)?.max(1.0), "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_frozen_weight_of_another_dtype_is_an_error() -> Result<()> {
+        let weight = Tensor::zeros((6, 4), DType::F64, &Device::Cpu)?;
+        let weights = Weights::frozen("weights", HashMap::from([("weight".to_string(), weight)]));
+        let linear = Linear::load(4, 6, false, &weights)?;
+        let error = linear.forward(&Tensor::zeros((2, 4), DType::F32, &Device::Cpu)?).unwrap_err().to_string();
+        assert!(error.contains("weight") && error.contains("F64") && error.contains("F32"), "{error}");
+        Ok(())
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::layers::{like, wrong_kind};
+use super::layers::{like, like_conv, wrong_kind};
 use super::{Init, Weights};
 use crate::ops::{self, Addends};
 use crate::{Error, Result};
@@ -17,9 +17,9 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct LoraLayer {
     path: String,
-    /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)`.
+    /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)` (a variable: as stored).
     down: Tensor,
-    /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)`.
+    /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)` (a variable: as stored).
     up: Tensor,
     /// alpha / rank.
     scale: f64,
@@ -53,20 +53,20 @@ impl LoraLayer {
     /// [`Error::Tensor`] where this is the LoRA of a linear layer.
     pub fn forward_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64) -> Result<Tensor> {
         let low = self.low_conv(x, stride, padding, scale)?;
-        ops::conv2d(&low, &*like(&self.up, x)?, None, 1, 0)
+        ops::conv2d(&low, &*like_conv(&self.up, x)?, None, 1, 0)
     }
 
     /// `y + forward_conv(x)`.
     pub(super) fn add_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64, y: &Tensor) -> Result<Tensor> {
         let addends = Addends { residual: Some(y), ..Addends::default() };
-        ops::conv2d_with(&self.low_conv(x, stride, padding, scale)?, &*like(&self.up, x)?, &addends, 1, 0)
+        ops::conv2d_with(&self.low_conv(x, stride, padding, scale)?, &*like_conv(&self.up, x)?, &addends, 1, 0)
     }
 
     fn low_conv(&self, x: &Tensor, stride: usize, padding: usize, scale: f64) -> Result<Tensor> {
         if self.down.rank() != 4 {
             return Err(wrong_kind(&self.path, "a convolution's LoRA", "a linear layer's LoRA"));
         }
-        ops::scale(&ops::conv2d(x, &*like(&self.down, x)?, None, stride, padding)?, scale * self.scale)
+        ops::scale(&ops::conv2d(x, &*like_conv(&self.down, x)?, None, stride, padding)?, scale * self.scale)
     }
 
     /// The base layer's weight with this LoRA added to it, where that pays: on a GPU, for a frozen LoRA of a frozen

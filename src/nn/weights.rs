@@ -178,13 +178,14 @@ impl Weights {
     }
 
     /// A convolution weight, stored as published `(out, in, height, width)`, in the order
-    /// [`crate::ops::conv2d`] computes in: `(out, height, width, in)`.
+    /// [`crate::ops::conv2d`] computes in: `(out, height, width, in)`. Frozen weights are reordered here, once; a
+    /// variable is returned as stored, to be reordered when used, as its values change.
     pub(super) fn get_conv(&self, out: usize, inner: usize, kernel: usize, name: &str, init: Init) -> Result<Tensor> {
-        let weight = self.get((out, inner, kernel, kernel), name, init)?.permute((0, 2, 3, 1))?;
+        let weight = self.get((out, inner, kernel, kernel), name, init)?;
         match &*self.source {
-            // Frozen weights are reordered once; a variable's view is reordered when used, as its values change.
-            Source::Frozen { .. } | Source::Random { .. } => Ok(weight.contiguous()?),
-            _ => Ok(weight),
+            Source::Frozen { .. } | Source::Random { .. } => Ok(weight.permute((0, 2, 3, 1))?.contiguous()?),
+            Source::Shapes { .. } => Ok(weight.permute((0, 2, 3, 1))?),
+            Source::Trainable { .. } => Ok(weight),
         }
     }
 }

@@ -4,7 +4,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{Layout, Shape, Storage, Tensor};
 
-/// One value computed by [`Function::forward`].
+/// One value computed by [`Function::forward`](super::Function::forward).
 pub enum Output {
     /// Freshly computed numbers, contiguous, in the order of the shape.
     Fresh(Storage, Shape),

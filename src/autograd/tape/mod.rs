@@ -11,8 +11,8 @@
 //! is part of a graph but not on the tape is an [`Error::OffTape`] where it reaches the next function or the end of the
 //! segment.
 //!
-//! A thread has a stack of *frames* ([`frames`]). The topmost decides what [`apply`](super::apply) does: candle's graph,
-//! notes on a tape ([`recording`]), or, in the first run of a recomputed segment, neither ([`discovery`]).
+//! A thread has a stack of *frames* (`frames.rs`). The topmost decides what [`apply`](super::apply) does: candle's graph,
+//! notes on a tape (`recording.rs`), or, in the first run of a recomputed segment, neither (`discovery.rs`).
 
 mod backward;
 mod discovery;

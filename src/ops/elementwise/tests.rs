@@ -71,7 +71,11 @@ fn a_permuted_image_keeps_its_pixels() -> Result<()> {
         |x| Ok(vec![to_channels_last(&x[0])?]),
         |x| Ok(vec![x[0].permute((0, 2, 3, 1))?.contiguous()?]),
     )?;
-    check(&[x.clone()], |x| Ok(vec![to_channels_first(&x[0])?]), |x| Ok(vec![x[0].permute((0, 3, 1, 2))?]))?;
+    check(
+        std::slice::from_ref(&x),
+        |x| Ok(vec![to_channels_first(&x[0])?]),
+        |x| Ok(vec![x[0].permute((0, 3, 1, 2))?]),
+    )?;
     assert_eq!(distance(&to_channels_first(&to_channels_last(&x)?)?, &x)?, 0.0);
     Ok(())
 }
