@@ -53,20 +53,24 @@ __global__ void __launch_bounds__(THREADS, TEXT > 5 ? 2 : 4) forward(const __gri
   const Share share(a.tokens);
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column;
   T *out = static_cast<T *>(a.out) + sample * a.out_batch + column;
+  // The keys go first: everything waits for them, and they would queue behind the queries of all blocks.
+  const bool image = portable::sees_reference(a, sample);
+  copy_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
+  copy_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
+  if (image) {
+    const int from = a.reference_batch == 1 ? 0 : sample;
+    copy_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
+    copy_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
+  }
+  mma::commit();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
     if (tile < share.end) copy_rows(ring + stage * 4 * 32, q, a.q_row, tile * ROWS, a.tokens);
     mma::commit();
   }
-  const bool image = portable::sees_reference(a, sample);
-  load_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
-  load_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
-  if (image) {
-    const int from = a.reference_batch == 1 ? 0 : sample;
-    load_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
-    load_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
-  }
+  mma::wait<STAGES>();
+  renumber<T, 2 * (TEXT + IMAGE)>(keys);
   __syncthreads();
 
   int stage = 0;

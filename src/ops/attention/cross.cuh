@@ -5,7 +5,7 @@
 // Those registers hold of a row the pairs at columns 2t, 2t + 8, .. (t = lane % 4), while a thread that reads 16 bytes has eight columns in a row. Products
 // do not mind the order of the index they sum over, nor a matrix the order of its columns, as long as both operands agree; so the columns of all matrices
 // are renumbered: place 8 (4 h + j) + 2 t + e stands for column 32 h + 8 t + 2 j + e. Queries, dout and outputs get that numbering from the way threads
-// read and write them, keys and values when they are laid into shared memory.
+// read and write them, keys and values once they are in shared memory.
 #include "portable_mma.cuh"
 
 namespace cross {
@@ -18,14 +18,23 @@ using portable::WARPS;
 constexpr int D = 64, ROWS = 16; // of a tile of queries: one warp's
 constexpr int STAGES = 2;        // tiles of queries on their way to a warp
 
-// Lays `rows` rows of keys or values into shared memory, renumbered, and zeros behind them up to GROUPS * 16.
-template <typename T, int GROUPS> __device__ __forceinline__ void load_keys(T *tile, const void *matrix, int64_t offset, int64_t row_stride, int rows) {
+// Starts the copy of `rows` rows of keys or values to shared memory, with zeros behind them up to GROUPS * 16.
+template <typename T, int GROUPS> __device__ __forceinline__ void copy_keys(T *tile, const void *matrix, int64_t offset, int64_t row_stride, int rows) {
   const T *from = static_cast<const T *>(matrix) + offset;
 #pragma unroll
+  for (int i = threadIdx.x; i < GROUPS * 16 * D / 8; i += THREADS)
+    mma::copy_16(tile + i / 8 * STRIDE<D> + i % 8 * 8, i / 8 < rows ? from + i / 8 * row_stride + i % 8 * 8 : from, i / 8 < rows);
+}
+
+// Renumbers the columns of GROUPS * 16 rows in shared memory, in place: each thread the 16 bytes it has copied there, which must have arrived. The four
+// threads that exchange their bytes are of one warp.
+template <typename T, int GROUPS> __device__ __forceinline__ void renumber(T *tile) {
+#pragma unroll 4
   for (int i = threadIdx.x; i < GROUPS * 16 * D / 8; i += THREADS) {
-    const int row = i / 8, h = i % 8 / 4, t = i % 4;
-    const uint4 x = row < rows ? *reinterpret_cast<const uint4 *>(from + row * row_stride + h * 32 + t * 8) : uint4{0, 0, 0, 0};
-    uint32_t *to = reinterpret_cast<uint32_t *>(tile + row * STRIDE<D> + h * 32 + t * 2);
+    T *row = tile + i / 8 * STRIDE<D> + i % 8 / 4 * 32;
+    const uint4 x = *reinterpret_cast<const uint4 *>(row + i % 4 * 8);
+    __syncwarp();
+    uint32_t *to = reinterpret_cast<uint32_t *>(row) + i % 4;
     to[0] = x.x, to[4] = x.y, to[8] = x.z, to[12] = x.w;
   }
 }

@@ -159,19 +159,22 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
     ring.fetch(stage, q, a.q_row, dout, a.out_row, call.lse[TEXT_TERM] + rows, image ? call.lse[IMAGE_TERM] + rows : nullptr, INFINITY, tile * ROWS,
                a.tokens);
   };
+  copy_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
+  copy_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
+  if (image) {
+    const int from = a.reference_batch == 1 ? 0 : sample;
+    copy_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
+    copy_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
+  }
+  mma::commit();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
     if (tile < share.end) fetch(stage, tile);
     mma::commit();
   }
-  load_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
-  load_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
-  if (image) {
-    const int from = a.reference_batch == 1 ? 0 : sample;
-    load_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
-    load_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
-  }
+  mma::wait<STAGES>();
+  renumber<T, 2 * (TEXT + IMAGE)>(keys);
   __syncthreads();
 
   KeySums gathered;
@@ -243,20 +246,23 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) key_gradient
   auto fetch = [&](int stage, int tile) {
     ring.fetch(stage, q, a.q_row, dout, a.out_row, call.lse[call.term] + rows, call.row_dots[call.term] + rows, 0.f, tile * ROWS, a.tokens);
   };
+  const int left = count - group * 16, from = !text && a.reference_batch == 1 ? 0 : sample;
+  if (text) {
+    copy_keys<T, 1>(keys, a.k, from * a.k_batch + column + group * 16 * a.k_row, a.k_row, left);
+    copy_keys<T, 1>(values, a.v, from * a.v_batch + column + group * 16 * a.v_row, a.v_row, left);
+  } else {
+    copy_keys<T, 1>(keys, a.k2, from * a.k2_batch + column + group * 16 * a.k2_row, a.k2_row, left);
+    copy_keys<T, 1>(values, a.v2, from * a.v2_batch + column + group * 16 * a.v2_row, a.v2_row, left);
+  }
+  mma::commit();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
     if (tile < end) fetch(stage, tile);
     mma::commit();
   }
-  const int left = count - group * 16, from = !text && a.reference_batch == 1 ? 0 : sample;
-  if (text) {
-    load_keys<T, 1>(keys, a.k, from * a.k_batch + column + group * 16 * a.k_row, a.k_row, left);
-    load_keys<T, 1>(values, a.v, from * a.v_batch + column + group * 16 * a.v_row, a.v_row, left);
-  } else {
-    load_keys<T, 1>(keys, a.k2, from * a.k2_batch + column + group * 16 * a.k2_row, a.k2_row, left);
-    load_keys<T, 1>(values, a.v2, from * a.v2_batch + column + group * 16 * a.v2_row, a.v2_row, left);
-  }
+  mma::wait<STAGES>();
+  renumber<T, 2>(keys);
   __syncthreads();
 
   KeySums gathered;
