@@ -44,7 +44,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
     for (int j = 0; j < R; j++) {
       const int query = first + threadIdx.x + SIDE * j;
       const int64_t row = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens + query;
-      lse[j] = visible && query < a.tokens ? a.lse[row] * mma::LOG2_E : INFINITY;
+      lse[j] = visible && query < a.tokens ? a.lse[row] : INFINITY;
       dot[j] = visible && query < a.tokens ? call.row_dots[row] : 0.f;
     }
     if (F::STAGES == 2 && i + 1 < all) copy_queries(i + 1);
@@ -59,7 +59,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
     for (int k = 0; k < R; k++)
 #pragma unroll
       for (int j = 0; j < R; j++) {
-        weights[k][j] = mma::exp2_fast(fmaf(weights[k][j], a.scale * mma::LOG2_E, -lse[j]));
+        weights[k][j] = F::exponential(fmaf(weights[k][j], a.scale, -lse[j]));
         if (causal && to.keys.first + F::row(k) > first + threadIdx.x + SIDE * j) weights[k][j] = 0.f;
         slopes[k][j] = weights[k][j] * (slopes[k][j] - dot[j]);
       }
@@ -104,7 +104,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
   for (int i = 0; i < R; i++) {
     const int query = first_query + F::row(i);
     const int64_t row = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens + query;
-    lse[i] = query < a.tokens ? a.lse[row] * mma::LOG2_E : INFINITY;
+    lse[i] = query < a.tokens ? a.lse[row] : INFINITY;
     dot[i] = query < a.tokens ? call.row_dots[row] : 0.f;
     scale[i] = a.scale;
   }
@@ -125,7 +125,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
       for (int j = 0; j < R; j++) {
         const int key = s.first + threadIdx.x + SIDE * j;
         const bool visible = key < s.rows && !(a.causal && s.own && key > first_query + F::row(i));
-        slopes[i][j] = visible ? mma::exp2_fast(fmaf(weights[i][j], a.scale * mma::LOG2_E, -lse[i])) * (slopes[i][j] - dot[i]) : 0.f;
+        slopes[i][j] = visible ? F::exponential(fmaf(weights[i][j], a.scale, -lse[i])) * (slopes[i][j] - dot[i]) : 0.f;
       }
     F::add_weighted(dq, slopes, keys + at, scratch);
     __syncthreads();

@@ -29,7 +29,6 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
   F::copy_tile(queries, a.q, sample * a.q_batch + column, a.q_row, first_query, a.tokens, a.head_dim, a.dtype, call.in_fours);
   if (tiles.all > 0) copy_keys(keys_of(0));
 
-  const float scale = a.scale * mma::LOG2_E; // of scores as exponents of 2
   float out[R][C] = {}, maximum[R], sum[R];
 #pragma unroll
   for (int i = 0; i < R; i++) maximum[i] = -INFINITY, sum[i] = 0.f;
@@ -53,11 +52,11 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
       }
 #pragma unroll
       for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, lanes));
-      const float shift = highest == -INFINITY ? 0.f : highest * scale, shrink = mma::exp2_fast(fmaf(maximum[i], scale, -shift));
+      const float shift = highest == -INFINITY ? 0.f : highest * a.scale, shrink = F::exponential(fmaf(maximum[i], a.scale, -shift));
       maximum[i] = highest;
       sum[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = mma::exp2_fast(fmaf(weights[i][j], scale, -shift));
+      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = F::exponential(fmaf(weights[i][j], a.scale, -shift));
 #pragma unroll
       for (int c = 0; c < C; c++) out[i][c] *= shrink;
     }
