@@ -125,17 +125,7 @@ __device__ __forceinline__ void add_term(float (&sums)[D / 8][4], uint32_t (&wei
       const float2 p = mma::unpack<T>(weights[n][half]);
       slopes[n][half] = mma::pack<T>(p.x * (products[n][2 * half] - dots[half]), p.y * (products[n][2 * half + 1] - dots[half]));
     }
-#pragma unroll
-  for (int k = 0; k < GROUPS; k++) {
-    const uint32_t left[4] = {slopes[2 * k][0], slopes[2 * k][1], slopes[2 * k + 1][0], slopes[2 * k + 1][1]};
-#pragma unroll
-    for (int n = 0; n < D; n += 16) {
-      uint32_t right[4];
-      mma::load_b_of_columns(right, keys + k * 16 * STRIDE<D> + n, STRIDE<D>);
-      mma::multiply<T>(sums[n / 8], left, right[0], right[1]);
-      mma::multiply<T>(sums[n / 8 + 1], left, right[2], right[3]);
-    }
-  }
+  add_weighted<T, GROUPS>(sums, slopes, keys);
 }
 
 // dq (batch, tokens, heads * 64), with up to 16 TEXT and 16 IMAGE keys; with IMAGE 1 also the block's partial sums of dk2, dv2, so that one pass over q and
@@ -150,7 +140,7 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + TEXT_SIZE;
   T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
 
-  const Share share(a.tokens);
+  const Share share(a.tokens, ROWS);
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const bool image = portable::sees_reference(a, sample);
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
@@ -239,7 +229,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) key_gradient
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + 16 * STRIDE<D>;
 
   const bool visible = text || portable::sees_reference(a, sample);
-  const Share share(a.tokens);
+  const Share share(a.tokens, ROWS);
   const int end = visible ? share.end : share.begin;
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
@@ -339,7 +329,7 @@ inline uintptr_t lay_out(Backward &call, uintptr_t memory) {
   const LcmAttentionGradient &g = call.g;
   const LcmAttention &a = g.forward;
   const int64_t heads = static_cast<int64_t>(a.batch) * a.heads;
-  call.shares = shares(a, heads, 2);
+  call.shares = shares(a, ROWS, 2);
   auto take = [&](int64_t floats) {
     float *at = reinterpret_cast<float *>(memory);
     memory += (floats * sizeof(float) + 255) / 256 * 256;
