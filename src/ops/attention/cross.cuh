@@ -5,7 +5,7 @@
 // Those registers hold of a row the pairs at columns 2t, 2t + 8, .. (t = lane % 4), while a thread that reads 16 bytes has eight columns in a row. Products
 // do not mind the order of the index they sum over, nor a matrix the order of its columns, as long as both operands agree; so the columns of all matrices
 // are renumbered: place 8 (4 h + j) + 2 t + e stands for column 32 h + 8 t + 2 j + e. Queries, dout and outputs get that numbering from the way threads
-// read and write them, keys and values when they are laid into shared memory.
+// read and write them, keys and values once they are in shared memory.
 #include "portable_mma.cuh"
 
 namespace cross {
@@ -15,17 +15,26 @@ using portable::THREADS;
 using portable::tiles_of;
 using portable::WARPS;
 
-constexpr int D = 64, ROWS = 16; // of a tile of queries: one warp's
+constexpr int D = 64, ROWS = 16; // of an operand of queries: one warp's
 constexpr int STAGES = 2;        // tiles of queries on their way to a warp
 
-// Lays `rows` rows of keys or values into shared memory, renumbered, and zeros behind them up to GROUPS * 16.
-template <typename T, int GROUPS> __device__ __forceinline__ void load_keys(T *tile, const void *matrix, int64_t offset, int64_t row_stride, int rows) {
+// Starts the copy of `rows` rows of keys or values to shared memory, with zeros behind them up to GROUPS * 16.
+template <typename T, int GROUPS> __device__ __forceinline__ void copy_keys(T *tile, const void *matrix, int64_t offset, int64_t row_stride, int rows) {
   const T *from = static_cast<const T *>(matrix) + offset;
 #pragma unroll
+  for (int i = threadIdx.x; i < GROUPS * 16 * D / 8; i += THREADS)
+    mma::copy_16(tile + i / 8 * STRIDE<D> + i % 8 * 8, i / 8 < rows ? from + i / 8 * row_stride + i % 8 * 8 : from, i / 8 < rows);
+}
+
+// Renumbers the columns of GROUPS * 16 rows in shared memory, in place: each thread the 16 bytes it has copied there, which must have arrived. The four
+// threads that exchange their bytes are of one warp.
+template <typename T, int GROUPS> __device__ __forceinline__ void renumber(T *tile) {
+#pragma unroll 4
   for (int i = threadIdx.x; i < GROUPS * 16 * D / 8; i += THREADS) {
-    const int row = i / 8, h = i % 8 / 4, t = i % 4;
-    const uint4 x = row < rows ? *reinterpret_cast<const uint4 *>(from + row * row_stride + h * 32 + t * 8) : uint4{0, 0, 0, 0};
-    uint32_t *to = reinterpret_cast<uint32_t *>(tile + row * STRIDE<D> + h * 32 + t * 2);
+    T *row = tile + i / 8 * STRIDE<D> + i % 8 / 4 * 32;
+    const uint4 x = *reinterpret_cast<const uint4 *>(row + i % 4 * 8);
+    __syncwarp();
+    uint32_t *to = reinterpret_cast<uint32_t *>(row) + i % 4;
     to[0] = x.x, to[4] = x.y, to[8] = x.z, to[12] = x.w;
   }
 }
@@ -68,20 +77,53 @@ template <typename T> __device__ __forceinline__ void write_rows(const float (&s
   }
 }
 
-// products (16 x 16 GROUPS) = rows keys^T.
-template <typename T, int GROUPS> __device__ __forceinline__ void dot_keys(float (&products)[2 * GROUPS][4], const Operand &rows, const T *keys) {
+// products (16 x 16 GROUPS) = rows keys^T, for M tiles of rows that share what is read of the keys.
+template <typename T, int GROUPS, int M>
+__device__ __forceinline__ void dot_keys(float (&products)[M][2 * GROUPS][4], const Operand (&rows)[M], const T *keys) {
 #pragma unroll
   for (int n = 0; n < GROUPS; n++) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) products[2 * n][e] = products[2 * n + 1][e] = 0.f;
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) products[m][2 * n][e] = products[m][2 * n + 1][e] = 0.f;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       uint32_t right[4];
       mma::load_b_of_rows(right, keys + n * 16 * STRIDE<D> + k * 16, STRIDE<D>);
-      mma::multiply<T>(products[2 * n], rows.r[k], right[0], right[1]);
-      mma::multiply<T>(products[2 * n + 1], rows.r[k], right[2], right[3]);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        mma::multiply<T>(products[m][2 * n], rows[m].r[k], right[0], right[1]);
+        mma::multiply<T>(products[m][2 * n + 1], rows[m].r[k], right[2], right[3]);
+      }
     }
   }
+}
+
+// sums (16 x 64) += weights (16 x 16 GROUPS, packed as `products` are laid out) rows, likewise.
+template <typename T, int GROUPS, int M>
+__device__ __forceinline__ void add_weighted(float (&sums)[M][D / 8][4], const uint32_t (&weights)[M][2 * GROUPS][2], const T *rows) {
+#pragma unroll
+  for (int k = 0; k < GROUPS; k++)
+#pragma unroll
+    for (int n = 0; n < D; n += 16) {
+      uint32_t right[4];
+      mma::load_b_of_columns(right, rows + k * 16 * STRIDE<D> + n, STRIDE<D>);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        const uint32_t left[4] = {weights[m][2 * k][0], weights[m][2 * k][1], weights[m][2 * k + 1][0], weights[m][2 * k + 1][1]};
+        mma::multiply<T>(sums[m][n / 8], left, right[0], right[1]);
+        mma::multiply<T>(sums[m][n / 8 + 1], left, right[2], right[3]);
+      }
+    }
+}
+
+// The same for one tile.
+template <typename T, int GROUPS> __device__ __forceinline__ void dot_keys(float (&products)[2 * GROUPS][4], const Operand &rows, const T *keys) {
+  dot_keys<T, GROUPS, 1>(reinterpret_cast<float(&)[1][2 * GROUPS][4]>(products), reinterpret_cast<const Operand(&)[1]>(rows), keys);
+}
+template <typename T, int GROUPS>
+__device__ __forceinline__ void add_weighted(float (&sums)[D / 8][4], const uint32_t (&weights)[2 * GROUPS][2], const T *rows) {
+  add_weighted<T, GROUPS, 1>(reinterpret_cast<float(&)[1][D / 8][4]>(sums), reinterpret_cast<const uint32_t(&)[1][2 * GROUPS][2]>(weights), rows);
 }
 
 __device__ __forceinline__ float sum_of_row(float x) {
@@ -92,19 +134,20 @@ __device__ __forceinline__ float sum_of_row(float x) {
 // The tiles of queries of a block: blocks along x share them out evenly.
 struct Share {
   int begin, end;
-  __device__ explicit Share(int tokens) {
-    const int64_t tiles = tiles_of(tokens, ROWS);
+  __device__ Share(int tokens, int rows) {
+    const int64_t tiles = tiles_of(tokens, rows);
     begin = static_cast<int>(tiles * blockIdx.x / gridDim.x), end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   }
 };
 
-// Into how many blocks to cut the queries of a head, given how many blocks run at once on a multiprocessor: the number that ends first when every warp takes
+// Into how many blocks to cut the queries of a head, given the rows of a tile and how many blocks run at once on a multiprocessor: the number that ends first when every warp takes
 // one unit of time a tile, and a block two more to begin with.
-inline int shares(const LcmAttention &a, int64_t heads, int blocks_at_once) {
+inline int shares(const LcmAttention &a, int rows, int blocks_at_once) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t tiles = tiles_of(a.tokens, ROWS), slots = static_cast<int64_t>(processors) * blocks_at_once;
+  const int64_t tiles = tiles_of(a.tokens, rows), heads = static_cast<int64_t>(a.heads) * a.batch;
+  const int64_t slots = static_cast<int64_t>(processors) * blocks_at_once;
   int64_t best = 1, best_time = INT64_MAX;
   for (int64_t n = 1; n <= tiles && n <= 64; n++) {
     const int64_t waves = (n * heads + slots - 1) / slots, rounds = ((tiles + n - 1) / n + WARPS - 1) / WARPS;

@@ -125,17 +125,7 @@ __device__ __forceinline__ void add_term(float (&sums)[D / 8][4], uint32_t (&wei
       const float2 p = mma::unpack<T>(weights[n][half]);
       slopes[n][half] = mma::pack<T>(p.x * (products[n][2 * half] - dots[half]), p.y * (products[n][2 * half + 1] - dots[half]));
     }
-#pragma unroll
-  for (int k = 0; k < GROUPS; k++) {
-    const uint32_t left[4] = {slopes[2 * k][0], slopes[2 * k][1], slopes[2 * k + 1][0], slopes[2 * k + 1][1]};
-#pragma unroll
-    for (int n = 0; n < D; n += 16) {
-      uint32_t right[4];
-      mma::load_b_of_columns(right, keys + k * 16 * STRIDE<D> + n, STRIDE<D>);
-      mma::multiply<T>(sums[n / 8], left, right[0], right[1]);
-      mma::multiply<T>(sums[n / 8 + 1], left, right[2], right[3]);
-    }
-  }
+  add_weighted<T, GROUPS>(sums, slopes, keys);
 }
 
 // dq (batch, tokens, heads * 64), with up to 16 TEXT and 16 IMAGE keys; with IMAGE 1 also the block's partial sums of dk2, dv2, so that one pass over q and
@@ -150,7 +140,7 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + TEXT_SIZE;
   T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
 
-  const Share share(a.tokens);
+  const Share share(a.tokens, ROWS);
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const bool image = portable::sees_reference(a, sample);
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
@@ -159,19 +149,22 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
     ring.fetch(stage, q, a.q_row, dout, a.out_row, call.lse[TEXT_TERM] + rows, image ? call.lse[IMAGE_TERM] + rows : nullptr, INFINITY, tile * ROWS,
                a.tokens);
   };
+  copy_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
+  copy_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
+  if (image) {
+    const int from = a.reference_batch == 1 ? 0 : sample;
+    copy_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
+    copy_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
+  }
+  mma::commit();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
     if (tile < share.end) fetch(stage, tile);
     mma::commit();
   }
-  load_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
-  load_keys<T, TEXT>(values, a.v, sample * a.v_batch + column, a.v_row, a.own_tokens);
-  if (image) {
-    const int from = a.reference_batch == 1 ? 0 : sample;
-    load_keys<T, IMAGE>(image_keys, a.k2, from * a.k2_batch + column, a.k2_row, a.reference_tokens);
-    load_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
-  }
+  mma::wait<STAGES>();
+  renumber<T, 2 * (TEXT + IMAGE)>(keys);
   __syncthreads();
 
   KeySums gathered;
@@ -236,27 +229,30 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) key_gradient
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + 16 * STRIDE<D>;
 
   const bool visible = text || portable::sees_reference(a, sample);
-  const Share share(a.tokens);
+  const Share share(a.tokens, ROWS);
   const int end = visible ? share.end : share.begin;
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
   auto fetch = [&](int stage, int tile) {
     ring.fetch(stage, q, a.q_row, dout, a.out_row, call.lse[call.term] + rows, call.row_dots[call.term] + rows, 0.f, tile * ROWS, a.tokens);
   };
+  const int left = count - group * 16, from = !text && a.reference_batch == 1 ? 0 : sample;
+  if (text) {
+    copy_keys<T, 1>(keys, a.k, from * a.k_batch + column + group * 16 * a.k_row, a.k_row, left);
+    copy_keys<T, 1>(values, a.v, from * a.v_batch + column + group * 16 * a.v_row, a.v_row, left);
+  } else {
+    copy_keys<T, 1>(keys, a.k2, from * a.k2_batch + column + group * 16 * a.k2_row, a.k2_row, left);
+    copy_keys<T, 1>(values, a.v2, from * a.v2_batch + column + group * 16 * a.v2_row, a.v2_row, left);
+  }
+  mma::commit();
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
     if (tile < end) fetch(stage, tile);
     mma::commit();
   }
-  const int left = count - group * 16, from = !text && a.reference_batch == 1 ? 0 : sample;
-  if (text) {
-    load_keys<T, 1>(keys, a.k, from * a.k_batch + column + group * 16 * a.k_row, a.k_row, left);
-    load_keys<T, 1>(values, a.v, from * a.v_batch + column + group * 16 * a.v_row, a.v_row, left);
-  } else {
-    load_keys<T, 1>(keys, a.k2, from * a.k2_batch + column + group * 16 * a.k2_row, a.k2_row, left);
-    load_keys<T, 1>(values, a.v2, from * a.v2_batch + column + group * 16 * a.v2_row, a.v2_row, left);
-  }
+  mma::wait<STAGES>();
+  renumber<T, 2>(keys);
   __syncthreads();
 
   KeySums gathered;
@@ -333,7 +329,7 @@ inline uintptr_t lay_out(Backward &call, uintptr_t memory) {
   const LcmAttentionGradient &g = call.g;
   const LcmAttention &a = g.forward;
   const int64_t heads = static_cast<int64_t>(a.batch) * a.heads;
-  call.shares = shares(a, heads, 2);
+  call.shares = shares(a, ROWS, 2);
   auto take = [&](int64_t floats) {
     float *at = reinterpret_cast<float *>(memory);
     memory += (floats * sizeof(float) + 255) / 256 * 256;

@@ -3,6 +3,7 @@
 // tiles of ROWS = 16 R rows and COLUMNS = 16 C columns of which the first head_dim are real and the others zero.
 // Thread (y, x) owns of a product of two tiles the rows y + 16 i and the columns x + 16 j: rows read along their columns, 4 at a time, by neighbouring x lie
 // in different banks because rows are 4 numbers longer than their columns.
+#include "mma.cuh"
 #include "portable.cuh"
 
 namespace portable {
@@ -10,18 +11,33 @@ namespace portable {
 constexpr int SIDE = 16;
 
 template <int R_, int C_> struct Fma {
-  static constexpr int R = R_, C = C_, ROWS = SIDE * R, COLUMNS = SIDE * C, STRIDE = COLUMNS + 4, WEIGHT_STRIDE = ROWS + 4;
+  static constexpr int R = R_, C = C_, ROWS = SIDE * R, COLUMNS = SIDE * C, STRIDE = COLUMNS + 4, WEIGHT_STRIDE = ROWS + 16;
   static constexpr int TILE_SIZE = ROWS * STRIDE, WEIGHTS_SIZE = ROWS * WEIGHT_STRIDE;
-  static constexpr int V = C < 4 ? C : 4; // columns a thread reads at once
+  static constexpr int V = C < 4 ? C : 4;      // columns a thread reads at once
+  static constexpr int STAGES = C <= 2 ? 2 : 1; // steps of the gradients' loops in shared memory, where two blocks still fit a multiprocessor
 
   // The column of a ROWS x COLUMNS sum that this thread's element c belongs to.
   static __device__ int column(int c) { return c / V * SIDE * V + threadIdx.x * V + c % V; }
   static __device__ int row(int i) { return threadIdx.y + SIDE * i; }
 
-  static __device__ void load_tile(float *tile, const void *matrix, int64_t offset, int64_t row_stride, int first, int rows, int columns, int dtype) {
-    for (int i = threadIdx.y * SIDE + threadIdx.x; i < ROWS * COLUMNS; i += SIDE * SIDE) {
-      const int r = i / COLUMNS, c = i % COLUMNS;
-      tile[r * STRIDE + c] = first + r < rows && c < columns ? load(matrix, offset + (first + r) * row_stride + c, dtype) : 0.f;
+  // Starts the copy of the rows from `first` on of a matrix of `rows` rows; those past its end become zeros. Tensors of f32 `in_fours` are copied behind the
+  // arithmetic's back, others at once.
+  static __device__ __forceinline__ void copy_tile(float *tile, const void *matrix, int64_t offset, int64_t row_stride, int first, int rows, int columns,
+                                                   int dtype, bool in_fours) {
+    const int thread = threadIdx.y * SIDE + threadIdx.x;
+    if (in_fours) {
+      const float *from = static_cast<const float *>(matrix) + offset;
+#pragma unroll 4
+      for (int i = thread; i < ROWS * COLUMNS / 4; i += SIDE * SIDE) {
+        const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
+        const bool valid = first + r < rows && c < columns;
+        mma::copy_16(tile + r * STRIDE + c, valid ? from + (first + r) * row_stride + c : from, valid);
+      }
+    } else {
+      for (int i = thread; i < ROWS * COLUMNS; i += SIDE * SIDE) {
+        const int r = i / COLUMNS, c = i % COLUMNS;
+        tile[r * STRIDE + c] = first + r < rows && c < columns ? load(matrix, offset + (first + r) * row_stride + c, dtype) : 0.f;
+      }
     }
   }
 
@@ -41,7 +57,7 @@ template <int R_, int C_> struct Fma {
     for (int i = 0; i < R; i++)
 #pragma unroll
       for (int j = 0; j < R; j++) products[i][j] = 0.f;
-#pragma unroll 4
+#pragma unroll 2
     for (int d = 0; d < COLUMNS; d += 4) {
       float4 left[R], right[R];
 #pragma unroll
@@ -88,6 +104,9 @@ template <int R_, int C_> struct Fma {
     }
   }
 
+  // exp(x) for x <= 0, to about 2e-7 of 1: exact enough near 0, where the weights are that count.
+  static __device__ __forceinline__ float exponential(float x) { return mma::exp2_fast(x * mma::LOG2_E); }
+
 private:
   template <int N> static __device__ void read(float *to, const float *from) {
     if constexpr (N == 4) {
@@ -101,6 +120,16 @@ private:
     }
   }
 };
+
+inline bool in_fours(const void *data, int64_t row, int64_t batch) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row % 4 == 0 && batch % 4 == 0;
+}
+// Whether the inputs of a call are f32 that can be copied four at a time.
+inline bool in_fours(const LcmAttention &a) {
+  return a.dtype == F32 && a.head_dim % 4 == 0 && in_fours(a.q, a.q_row, a.q_batch) && in_fours(a.k, a.k_row, a.k_batch) &&
+         in_fours(a.v, a.v_row, a.v_batch) &&
+         (a.k2 == nullptr || (in_fours(a.k2, a.k2_row, a.k2_batch) && in_fours(a.v2, a.v2_row, a.v2_batch)));
+}
 
 // Calls `f` with the tiles that fit a head_dim up to 256: small enough for two blocks and more to share a multiprocessor.
 template <typename F> int with_fma_tiles(int head_dim, F f) {

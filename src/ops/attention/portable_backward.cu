@@ -30,7 +30,8 @@ extern "C" int lcm_attention_backward_portable(const LcmAttentionGradient *call,
   if (!is_supported(a)) return -1;
   if (call->workspace_bytes < lcm_attention_backward_portable_workspace(call) || a.lse == nullptr) return cudaErrorInvalidValue;
   const Gradient gradient{*call, static_cast<float *>(call->workspace), call->dk != nullptr && call->dv != nullptr,
-                          a.k2 != nullptr && call->dk2 != nullptr && call->dv2 != nullptr};
+                          a.k2 != nullptr && call->dk2 != nullptr && call->dv2 != nullptr,
+                          in_fours(a) && in_fours(call->dout, a.out_row, a.out_batch)};
   const int status = launch(row_dots, dim3(tiles_of(a.tokens, 8), a.heads, a.batch), dim3(32, 8), 0, gradient, stream);
   if (status != 0) return status;
   if (gradients_suit_matrix_units(*call))

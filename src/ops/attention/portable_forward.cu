@@ -7,6 +7,7 @@ using namespace portable;
 template <typename T> static int forward_of_type(const LcmAttention &a, cudaStream_t stream) {
   if (a.head_dim <= 32) return launch_forward_mma<T, 32>(a, stream);
   if (a.head_dim <= 64) return launch_forward_mma<T, 64>(a, stream);
+  if (a.head_dim <= 96) return launch_forward_mma<T, 96>(a, stream); // 80: the vision encoder of IP-Adapter
   return launch_forward_mma<T, 128>(a, stream);
 }
 

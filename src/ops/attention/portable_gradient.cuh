@@ -9,6 +9,7 @@ struct Gradient {
   LcmAttentionGradient g;
   float *row_dots;
   bool own, reference; // which keys' gradients are wanted
+  bool in_fours;       // f32 inputs that can be copied four at a time
 };
 
 // row_dots (batch, heads, tokens) = sum over head_dim of out * dout, which is the sum over the keys of weight * its gradient. A warp for each.
