@@ -4,6 +4,7 @@
 //! frozen or trainable is the choice of the [`Weights`](crate::nn::Weights). Images and latents are NCHW at the public
 //! border and channels-last inside.
 
+pub mod autoencoder_kl;
 mod clip_layers;
 pub mod clip_text;
 pub mod clip_vision;
