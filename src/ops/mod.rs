@@ -7,11 +7,17 @@
 
 mod activation;
 mod attention;
+mod channel_affine;
+mod channels;
 mod conv2d;
+mod depthwise_conv2d;
 mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod max_pool2d;
+mod prelu;
+pub(crate) mod resize_bicubic;
 mod resize_bilinear;
 mod support;
 mod upsample_nearest_2x;
@@ -19,11 +25,16 @@ mod warp_affine;
 
 pub use activation::{Activation, activation};
 pub use attention::{Mask, attention};
+pub use channel_affine::channel_affine;
 pub use conv2d::conv2d;
+pub use depthwise_conv2d::depthwise_conv2d;
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use max_pool2d::max_pool2d;
+pub use prelu::prelu;
+pub use resize_bicubic::resize_bicubic;
 pub use resize_bilinear::resize_bilinear;
 pub use upsample_nearest_2x::upsample_nearest_2x;
 pub use warp_affine::warp_affine;

@@ -35,16 +35,35 @@ pub fn resize_bilinear(x: &Tensor, height: usize, width: usize, antialias: bool)
     apply(ResizeBilinear { vertical, horizontal }, &[x])
 }
 
-struct ResizeBilinear {
-    vertical: Taps,
-    horizontal: Taps,
+/// Resizing by any filter that treats the axes one after the other.
+pub(super) struct ResizeBilinear {
+    pub(super) vertical: Taps,
+    pub(super) horizontal: Taps,
 }
 
 /// The linear map from the pixels of one axis to those of its resized version.
-struct Taps {
-    from: usize,
+pub(super) struct Taps {
+    pub(super) from: usize,
     /// For every output pixel, input pixels and their weights.
-    rows: Vec<Vec<(usize, f64)>>,
+    pub(super) rows: Vec<Vec<(usize, f64)>>,
+}
+
+/// The taps of one output pixel: a filter that reaches `support` pixels to both sides, stretched by the factor of a
+/// reduction, sampled at the centres of the pixels and normalised (Pillow: `precompute_coeffs`).
+pub(super) fn filtered(
+    from: usize,
+    scale: f64,
+    output: usize,
+    support: f64,
+    filter: impl Fn(f64) -> f64,
+) -> Vec<(usize, f64)> {
+    let (centre, stretch) = (scale * (output as f64 + 0.5), scale.max(1.0));
+    let reach = support * stretch;
+    let first = (centre - reach + 0.5).max(0.0) as usize;
+    let end = ((centre + reach + 0.5) as usize).min(from);
+    let weight = |i: usize| filter((i as f64 - centre + 0.5) / stretch);
+    let total: f64 = (first..end).map(weight).sum();
+    (first..end).map(|i| (i, weight(i) / total)).collect()
 }
 
 impl Taps {
@@ -53,13 +72,7 @@ impl Taps {
         let row = |output: usize| {
             let centre = scale * (output as f64 + 0.5);
             if antialias {
-                // The triangle of half-width `reach`, sampled at the pixels' centres and normalised.
-                let reach = scale.max(1.0);
-                let first = (centre - reach + 0.5).max(0.0) as usize;
-                let end = ((centre + reach + 0.5) as usize).min(from);
-                let weight = |i: usize| (1.0 - ((i as f64 - centre + 0.5) / reach).abs()).max(0.0);
-                let total: f64 = (first..end).map(weight).sum();
-                return (first..end).map(|i| (i, weight(i) / total)).collect();
+                return filtered(from, scale, output, 1.0, |x| (1.0 - x.abs()).max(0.0));
             }
             let position = (centre - 0.5).max(0.0);
             let first = (position as usize).min(from - 1);
