@@ -15,18 +15,16 @@ pub struct Case {
 impl Case {
     /// Loads a case of `tests/fixtures/<file>.safetensors`.
     pub fn load(file: &str, case: &str) -> Result<Self> {
-        let path = format!("{}/tests/fixtures/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        let path = fixture(&format!("{file}.safetensors"));
         let all = candle_core::safetensors::load(path, &Device::Cpu)?;
-        let of_case = |(key, tensor): (String, Tensor)| {
-            Some((key.strip_prefix(case)?.strip_prefix('.')?.to_string(), tensor))
-        };
+        let of_case =
+            |(key, tensor): (String, Tensor)| Some((key.strip_prefix(case)?.strip_prefix('.')?.to_string(), tensor));
         Ok(Case { name: format!("{file}.{case}"), tensors: all.into_iter().filter_map(of_case).collect() })
     }
 
     pub fn get(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).with_context(|| format!("the fixture has no `{}.{name}`", self.name))
     }
-
 
     /// The tensors under `<prefix>.`, as frozen weights.
     pub fn weights_at(&self, prefix: &str) -> Weights {
@@ -37,6 +35,13 @@ impl Case {
 
     pub fn weights(&self) -> Weights {
         self.weights_at("weights")
+    }
+
+    /// The tensors under `weights.`, converted.
+    pub fn weights_as(&self, dtype: DType) -> Result<Weights> {
+        let weights = self.tensors.iter().filter_map(|(key, tensor)| Some((key.strip_prefix("weights.")?, tensor)));
+        let tensors = weights.map(|(key, tensor)| Ok((key.to_string(), tensor.to_dtype(dtype)?)));
+        Ok(Weights::frozen(&self.name, tensors.collect::<Result<_>>()?))
     }
 
     /// Fails unless the relative error `||found - expected|| / ||expected||` is below the limit; prints it.
@@ -52,4 +57,9 @@ impl Case {
 
 pub fn norm(x: &Tensor) -> Result<f64> {
     Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
+}
+
+/// The path of a fixture.
+pub fn fixture(file: &str) -> String {
+    format!("{}/tests/fixtures/{file}", env!("CARGO_MANIFEST_DIR"))
 }
