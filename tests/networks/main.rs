@@ -3,6 +3,10 @@
 //! those of docs/networks.md.
 
 mod autoencoder_kl;
+mod clip;
+mod faces;
+mod perception;
+mod pipeline;
 mod support;
 
 /// Where both sides compute in f64.
