@@ -62,6 +62,17 @@ impl Config {
         }
     }
 
+    /// The text tower of OpenAI's CLIP ViT-B/16.
+    pub fn vit_b_16() -> Self {
+        Config {
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_attention_heads: 8,
+            projection_dim: Some(512),
+            ..Self::clip_l()
+        }
+    }
+
     /// The miniature, for the vocabulary of [`tokenizer::PromptTokenizer::mini`].
     pub fn mini() -> Self {
         Config {

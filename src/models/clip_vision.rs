@@ -51,6 +51,20 @@ impl Config {
         }
     }
 
+    /// OpenAI's CLIP ViT-B/16, for the alignment of pictures with texts.
+    pub fn vit_b_16() -> Self {
+        Config {
+            image_size: 224,
+            patch_size: 16,
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            hidden_act: Activation::QuickGelu,
+            projection_dim: 512,
+        }
+    }
+
     /// The miniature, for images of 128 pixels.
     pub fn mini() -> Self {
         Config {
@@ -146,9 +160,9 @@ impl ClipVision {
     /// Images `(batch, 3, height, width)` in `[-1, 1]` to the encoder's input `(batch, 3, image_size, image_size)`:
     /// clamped, the shorter side resized to `image_size`, the middle cut out, colours normalised.
     ///
-    /// As transformers' `CLIPImageProcessor`, but with a bilinear filter (with antialiasing) where that has a bicubic
-    /// one, and without rounding to bytes, so it is differentiable. IP-Adapter's picture for "no image" is zeros
-    /// *after* this.
+    /// As transformers' `CLIPImageProcessor`, but without rounding to bytes, so it is differentiable;
+    /// [`clip_pixel_values`](super::clip_image_processor::clip_pixel_values) rounds as the original. IP-Adapter's
+    /// picture for "no image" is zeros *after* this.
     ///
     /// # Errors
     /// [`Error::Argument`] where the shape is another.
@@ -159,7 +173,7 @@ impl ClipVision {
         let (new_height, new_width) = (scaled(height), scaled(width));
         let mut x = to_channels_last(&images.clamp(-1.0, 1.0)?)?;
         if (new_height, new_width) != (height, width) {
-            x = ops::resize_bilinear(&x, new_height, new_width, true)?;
+            x = ops::resize_bicubic(&x, new_height, new_width)?.clamp(-1.0, 1.0)?;
         }
         if (new_height, new_width) != (size, size) {
             x = x.narrow(1, (new_height - size) / 2, size)?.narrow(2, (new_width - size) / 2, size)?.contiguous()?;

@@ -2,7 +2,8 @@
 
 use candle_core::{D, Tensor};
 
-use crate::Result;
+use super::image_dims;
+use crate::{Error, Result};
 
 /// A network that maps a face to a vector of unit length, near those of the same person (ArcFace and its kin).
 pub trait IdentityNetwork: Send + Sync {
@@ -26,4 +27,14 @@ pub(crate) fn normalise(x: &Tensor) -> Result<Tensor> {
     // Small enough not to be seen in f32 beside any norm that means something.
     let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
     Ok(x.broadcast_div(&norm)?)
+}
+
+/// Refuses crops of another shape than `(batch, 3, size, size)`.
+pub(crate) fn check_faces(function: &'static str, faces: &Tensor, size: usize) -> Result<()> {
+    let (_, height, width) = image_dims(function, faces)?;
+    if (height, width) != (size, size) {
+        let expected = format!("(batch, 3, {size}, {size})");
+        return Err(Error::argument(function, "faces", expected, format!("{:?}", faces.dims())));
+    }
+    Ok(())
 }

@@ -4,19 +4,29 @@
 //! frozen or trainable is the choice of the [`Weights`](crate::nn::Weights). Images and latents are NCHW at the public
 //! border and channels-last inside.
 
+pub mod autoencoder_kl;
+pub mod clip_alignment;
+pub mod clip_image_processor;
 mod clip_layers;
 pub mod clip_text;
 pub mod clip_vision;
 pub mod face_locator;
 pub mod identity;
 pub mod ip_adapter;
+pub mod ir_resnet;
+pub mod iresnet;
+pub mod lpips;
 pub mod mini_face_locator;
 pub mod mini_identity;
+pub mod mobile_face_net;
 pub mod resampler;
 pub mod roles;
+pub mod sdxl_text;
+pub mod sface;
 pub mod taesd;
 pub mod tokenizer;
 pub mod unet;
+pub mod yunet;
 
 use candle_core::Tensor;
 

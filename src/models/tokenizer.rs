@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::{Error, Result};
 
@@ -67,12 +67,12 @@ impl PromptTokenizer {
     /// CLIP's tokenizer from `vocab.json` and `merges.txt` as published in the `tokenizer` folders of SDXL: 77 tokens,
     /// lower case.
     ///
-    /// `padding` names the token after the end: `"<|endoftext|>"` for the first text encoder of SDXL, `"!"` for the
+    /// `padding_token` is the token after the end: `"<|endoftext|>"` for the first text encoder of SDXL, `"!"` for the
     /// second.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`] naming the file.
-    pub fn clip(vocab: impl AsRef<Path>, merges: impl AsRef<Path>, padding: &str) -> Result<Self> {
+    pub fn clip(vocab: impl AsRef<Path>, merges: impl AsRef<Path>, padding_token: &str) -> Result<Self> {
         let (vocab, merges) = (vocab.as_ref(), merges.as_ref());
         let format = |path: &Path, reason: String| Error::Format { path: path.to_path_buf(), reason };
         let text = std::fs::read_to_string(vocab).map_err(Error::io("read", vocab))?;
@@ -84,12 +84,24 @@ impl PromptTokenizer {
             let found = vocabulary.get(token).and_then(Value::as_u64);
             found.and_then(|id| u32::try_from(id).ok()).ok_or_else(|| format(vocab, format!("has no token `{token}`")))
         };
-        let (start, end, padding) = (id("<|startoftext|>")?, id("<|endoftext|>")?, id(padding)?);
-        // As transformers' `CLIPTokenizer` defines it, save that special tokens in the text of a prompt are mere text.
+        let (start, end, padding) = (id("<|startoftext|>")?, id("<|endoftext|>")?, id(padding_token)?);
+        // As transformers' `CLIPTokenizer` defines it. A special token in the text of a prompt is that token; the
+        // padding is one, so the second encoder of SDXL reads `!!` as two paddings, where the first reads one token.
         let words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+        let mut specials = vec![(start, "<|startoftext|>"), (end, "<|endoftext|>")];
+        if padding != end {
+            specials.push((padding, padding_token));
+        }
+        let special = |(id, content): (u32, &str)| {
+            json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        };
+        let specials: Vec<Value> = specials.into_iter().map(special).collect();
         let definition = json!({
             "version": "1.0",
-            "added_tokens": [],
+            "added_tokens": specials,
             "normalizer": { "type": "Sequence", "normalizers": [
                 { "type": "NFC" },
                 { "type": "Replace", "pattern": { "Regex": r"\s+" }, "content": " " },
@@ -106,6 +118,27 @@ impl PromptTokenizer {
             },
         });
         let tokenizer = build(&definition).map_err(|reason| format(merges, reason))?;
+        Ok(PromptTokenizer { tokenizer, length: 77, start, end, padding })
+    }
+
+    /// CLIP's tokenizer from a `tokenizer.json`: 77 tokens. `padding_token` as for [`PromptTokenizer::clip`].
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] naming the file.
+    pub fn clip_from_json(path: impl AsRef<Path>, padding_token: &str) -> Result<Self> {
+        let path = path.as_ref();
+        let format = |reason: String| Error::Format { path: path.to_path_buf(), reason };
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(bytes).map_err(|error| format(std::format!("not a tokenizer: {error}")))?;
+        // Length and padding are this type's own affair.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| format(error.to_string()))?;
+        let id =
+            |token: &str| tokenizer.token_to_id(token).ok_or_else(|| format(std::format!("has no token `{token}`")));
+        let (start, end, padding) = (id("<|startoftext|>")?, id("<|endoftext|>")?, id(padding_token)?);
+        let special = AddedToken::from(padding_token, true).normalized(false);
+        tokenizer.add_special_tokens([special]).map_err(|error| format(error.to_string()))?;
         Ok(PromptTokenizer { tokenizer, length: 77, start, end, padding })
     }
 
@@ -157,21 +190,38 @@ impl PromptTokenizer {
         Ok(Tensor::from_vec(ids, (prompts.len(), self.length), device)?)
     }
 
-    fn encode_one(&self, prompt: &str) -> Result<Vec<u32>> {
+    /// The end of a prompt that [`PromptTokenizer::encode`] cuts off, where the prompt is too long.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the prompt cannot be split into tokens.
+    pub fn truncated(&self, prompt: &str) -> Result<Option<String>> {
+        Ok(self.split(prompt)?.1)
+    }
+
+    /// The ids of the part of a prompt there is room for, and the rest of the prompt.
+    fn split(&self, prompt: &str) -> Result<(Vec<u32>, Option<String>)> {
         let encoding = self.tokenizer.encode(prompt, false).map_err(|error| {
             Error::argument("tokenizer", "prompt", "text that can be split into tokens", format!("{prompt:?}: {error}"))
         })?;
-        let room = self.length - 2;
-        let text = encoding.get_ids();
-        if text.len() > room {
-            let lost: String = match encoding.get_offsets().get(room).and_then(|&(from, _)| prompt.get(from..)) {
-                Some(rest) => rest.to_string(),
-                None => format!("{} tokens", text.len() - room),
-            };
-            tracing::warn!(prompt, lost, "the prompt is longer than {room} tokens; its end is ignored");
+        let (room, mut ids) = (self.length - 2, encoding.get_ids().to_vec());
+        if ids.len() <= room {
+            return Ok((ids, None));
+        }
+        let lost = match encoding.get_offsets().get(room).and_then(|&(from, _)| prompt.get(from..)) {
+            Some(rest) => rest.to_string(),
+            None => format!("{} tokens", ids.len() - room),
+        };
+        ids.truncate(room);
+        Ok((ids, Some(lost)))
+    }
+
+    fn encode_one(&self, prompt: &str) -> Result<Vec<u32>> {
+        let (text, lost) = self.split(prompt)?;
+        if let Some(lost) = lost {
+            tracing::warn!(prompt, lost, "the prompt is longer than {} tokens; its end is ignored", self.length - 2);
         }
         let mut ids = vec![self.start];
-        ids.extend(&text[..text.len().min(room)]);
+        ids.extend(text);
         ids.push(self.end);
         ids.resize(self.length, self.padding);
         Ok(ids)
@@ -222,6 +272,10 @@ mod tests {
         let ids = ids(&PromptTokenizer::mini()?, &"face ".repeat(60))?;
         assert_eq!((ids.len(), ids[MINI_LENGTH - 1]), (MINI_LENGTH, MINI_END));
         assert!(ids[1..MINI_LENGTH - 1].iter().all(|id| Some(id) == ids.get(1)));
+        let tokenizer = PromptTokenizer::mini()?;
+        let prompt = format!("{}and a hat", "face ".repeat(MINI_LENGTH - 2));
+        assert_eq!(tokenizer.truncated(&prompt)?.as_deref(), Some("and a hat"));
+        assert_eq!(tokenizer.truncated("face ".repeat(MINI_LENGTH - 2).trim_end())?, None);
         Ok(())
     }
 
@@ -245,7 +299,8 @@ mod tests {
         std::fs::write(&merges, "#version: 0.2\nc a\nca t</w>\n' s</w>\n").map_err(Error::io("write", &merges))?;
         let tokenizer = PromptTokenizer::clip(&vocab, &merges, "!")?;
         let ids = ids(&tokenizer, "  Cat's CAT!")?;
-        assert_eq!(ids[..8], [100, 8, 9, 8, 10, 101, 0, 0]);
+        // The padding is a special token, also where it is text.
+        assert_eq!(ids[..8], [100, 8, 9, 8, 0, 101, 0, 0]);
         assert_eq!(ids.len(), 77);
         let error = PromptTokenizer::clip(&vocab, &merges, "?").unwrap_err().to_string();
         assert!(error.contains("vocab.json") && error.contains("`?`"), "{error}");

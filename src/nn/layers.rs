@@ -94,9 +94,15 @@ impl Conv2d {
         bias: bool,
         weights: &Weights,
     ) -> Result<Self> {
+        Self::load_named([input, output, kernel, stride, padding], "weight", bias.then_some("bias"), weights)
+    }
+
+    /// The same with names of the file's own, as ONNX files have; `sizes` are input, output, kernel, stride, padding.
+    pub(crate) fn load_named(sizes: [usize; 5], weight: &str, bias: Option<&str>, weights: &Weights) -> Result<Self> {
+        let [input, output, kernel, stride, padding] = sizes;
         let init = Init::FanIn(input * kernel * kernel);
-        let weight = weights.get_conv(output, input, kernel, "weight", init)?;
-        let bias = if bias { Some(weights.get(output, "bias", init)?) } else { None };
+        let weight = weights.get_conv(output, input, kernel, weight, init)?;
+        let bias = bias.map(|name| weights.get(output, name, init)).transpose()?;
         Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding })
     }
 
@@ -140,8 +146,8 @@ struct Adapted<'a> {
 }
 
 impl<'a> Adapted<'a> {
-    fn new(weight: &'a Tensor, layers: impl Iterator<Item = (&'a LoraLayer, f64)>, x: &Tensor) -> Result<Self> {
-        let mut adapted = Adapted { weight: like(weight, x)?, rest: Vec::new() };
+    fn new(weight: Cow<'a, Tensor>, layers: impl Iterator<Item = (&'a LoraLayer, f64)>) -> Result<Self> {
+        let mut adapted = Adapted { weight, rest: Vec::new() };
         for (layer, scale) in layers {
             match layer.merged(&adapted.weight, scale)? {
                 Some(weight) => adapted.weight = Cow::Owned(weight),

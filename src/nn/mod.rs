@@ -1,10 +1,12 @@
 //! Layers made of [`crate::ops`], and where their weights come from.
 
+mod channelwise;
 mod layers;
 mod lora;
 mod parameters;
 mod weights;
 
+pub use channelwise::{BatchNorm, DepthwiseConv2d, PRelu};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
 pub use lora::{LoraLayer, LoraSet, Loras};
 pub use parameters::Parameters;

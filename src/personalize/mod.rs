@@ -2,7 +2,9 @@
 
 mod guidance;
 mod personalizer;
+mod text_to_image;
 
 pub use guidance::Guidance;
 pub(crate) use personalizer::encoder_config;
 pub use personalizer::{Options, Personalizer, Reference};
+pub use text_to_image::{TextToImage, TextToImageOptions};

@@ -10,7 +10,7 @@ use super::guidance::{Guidance, Predictions, plain};
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
 use crate::models::resampler;
-use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
+use crate::models::unet::{Conditioning, FreeU, ImageTokens, KeyValues, Pass};
 use crate::nn::{Loras, Weights};
 use crate::random::Address;
 use crate::schedule::SamplerKind;
@@ -36,6 +36,9 @@ pub struct Options {
     pub use_reference: bool,
     /// Whether the conditioning latents are noised to the timestep before they enter the KV encoder (as in training).
     pub noisy_encoder_input: bool,
+    /// FreeU in the denoiser (not in the KV encoder). The paper's authors switch it on for their published pictures
+    /// ([`FreeU::official`]).
+    pub freeu: Option<FreeU>,
 }
 
 impl Default for Options {
@@ -50,6 +53,7 @@ impl Default for Options {
             encoder_prompt: "a photo of a face".into(),
             use_reference: true,
             noisy_encoder_input: true,
+            freeu: None,
         }
     }
 }
@@ -295,7 +299,13 @@ impl Personalizer {
             _ => Loras::none(),
         };
         let run = |text: &Conditioning, image: &ImageTokens, reference: Option<KeyValues>| -> Result<Tensor> {
-            let pass = Pass { loras: loras.clone(), reference, image_tokens: Some(image.clone()), ..Pass::default() };
+            let pass = Pass {
+                loras: loras.clone(),
+                reference,
+                image_tokens: Some(image.clone()),
+                freeu: options.freeu,
+                ..Pass::default()
+            };
             base.unet.forward(latents, &timesteps, text, &pass)
         };
         let (text, no_text) = (&conditions.text, &conditions.no_text);

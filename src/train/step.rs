@@ -207,6 +207,7 @@ impl StepLosses<'_> {
             loras,
             reference: conditions.reference.clone(),
             image_tokens: Some(conditions.image_tokens.clone()),
+            freeu: None,
             recompute: self.config.recompute,
             ..Pass::default()
         }

@@ -5,6 +5,7 @@
 
 mod config;
 mod embeddings;
+mod freeu;
 mod pass;
 mod resnet;
 mod stage;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 pub use config::Config;
+pub use freeu::FreeU;
 pub use pass::{ImageTokens, KeyValues, Pass, Recording};
 
 use crate::nn::{Conv2d, GroupNorm, Weights};

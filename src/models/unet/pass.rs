@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::FreeU;
 use crate::nn::{LoraSet, Loras};
 
 /// Keys and values of attention layers, by the name of the transformer block they belong to
@@ -72,6 +73,8 @@ pub struct Pass {
     pub reference: Option<KeyValues>,
     /// Image tokens for the decoupled cross-attention (IP-Adapter).
     pub image_tokens: Option<ImageTokens>,
+    /// FreeU in the first two up blocks.
+    pub freeu: Option<FreeU>,
     /// Recompute activations in the backward pass, one resnet or transformer at a time, instead of keeping them.
     pub recompute: bool,
     /// Where activations are recomputed, keep the outputs of attention nonetheless: they take little memory for the

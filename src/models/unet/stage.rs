@@ -201,6 +201,7 @@ impl Mid {
 /// diffusers' `UpBlock2D` or `CrossAttnUpBlock2D`.
 #[derive(Debug)]
 pub(super) struct Up {
+    index: usize,
     resnets: Vec<Arc<Resnet>>,
     pub attentions: Vec<Arc<Transformer>>,
     upsample: Option<Upsample>,
@@ -224,12 +225,15 @@ impl Up {
             0 => None,
             _ => Some(Upsample::load(output, &weights.pp("upsamplers").pp(0))?),
         };
-        Ok(Up { resnets, attentions: transformers(config, level, layers, weights)?, upsample })
+        Ok(Up { index, resnets, attentions: transformers(config, level, layers, weights)?, upsample })
     }
 
     pub fn forward(&self, mut x: Tensor, skips: &mut Vec<Tensor>, run: &mut Run<'_>) -> Result<Option<Tensor>> {
         for (i, resnet) in self.resnets.iter().enumerate() {
-            if let Some(skip) = skips.pop() {
+            if let Some(mut skip) = skips.pop() {
+                if let Some(freeu) = &run.pass.freeu {
+                    (x, skip) = freeu.apply(self.index, x, skip)?;
+                }
                 x = concat_channels(&x, &skip)?;
             }
             match run.layer(resnet, self.attentions.get(i), &x)? {

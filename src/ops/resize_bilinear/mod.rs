@@ -34,21 +34,41 @@ pub fn resize_bilinear(x: &Tensor, height: usize, width: usize, antialias: bool)
     let (_, old_height, old_width, _) = x.dims4()?;
     let vertical = Taps::new(old_height, height, antialias);
     let horizontal = Taps::new(old_width, width, antialias);
-    apply(ResizeBilinear { vertical, horizontal, antialias }, &[x])
+    apply(ResizeBilinear { vertical, horizontal, antialias: Some(antialias) }, &[x])
 }
 
-struct ResizeBilinear {
-    vertical: Taps,
-    horizontal: Taps,
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the GPU's kernels make the taps themselves"))]
-    antialias: bool,
+/// Resizing by any filter that treats the axes one after the other.
+pub(super) struct ResizeBilinear {
+    pub(super) vertical: Taps,
+    pub(super) horizontal: Taps,
+    /// Of the bilinear filter, for which the GPU has kernels of its own; `None` for other filters.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU goes by the taps alone"))]
+    pub(super) antialias: Option<bool>,
 }
 
 /// The linear map from the pixels of one axis to those of its resized version.
-struct Taps {
-    from: usize,
+pub(super) struct Taps {
+    pub(super) from: usize,
     /// For every output pixel, input pixels and their weights.
-    rows: Vec<Vec<(usize, f64)>>,
+    pub(super) rows: Vec<Vec<(usize, f64)>>,
+}
+
+/// The taps of one output pixel: a filter that reaches `support` pixels to both sides, stretched by the factor of a
+/// reduction, sampled at the centres of the pixels and normalised (Pillow: `precompute_coeffs`).
+pub(super) fn filtered(
+    from: usize,
+    scale: f64,
+    output: usize,
+    support: f64,
+    filter: impl Fn(f64) -> f64,
+) -> Vec<(usize, f64)> {
+    let (centre, stretch) = (scale * (output as f64 + 0.5), scale.max(1.0));
+    let reach = support * stretch;
+    let first = (centre - reach + 0.5).max(0.0) as usize;
+    let end = ((centre + reach + 0.5) as usize).min(from);
+    let weight = |i: usize| filter((i as f64 - centre + 0.5) / stretch);
+    let total: f64 = (first..end).map(weight).sum();
+    (first..end).map(|i| (i, weight(i) / total)).collect()
 }
 
 impl Taps {
@@ -57,13 +77,7 @@ impl Taps {
         let row = |output: usize| {
             let centre = scale * (output as f64 + 0.5);
             if antialias {
-                // The triangle of half-width `reach`, sampled at the pixels' centres and normalised.
-                let reach = scale.max(1.0);
-                let first = (centre - reach + 0.5).max(0.0) as usize;
-                let end = ((centre + reach + 0.5) as usize).min(from);
-                let weight = |i: usize| (1.0 - ((i as f64 - centre + 0.5) / reach).abs()).max(0.0);
-                let total: f64 = (first..end).map(weight).sum();
-                return (first..end).map(|i| (i, weight(i) / total)).collect();
+                return filtered(from, scale, output, 1.0, |x| (1.0 - x.abs()).max(0.0));
             }
             let position = (centre - 0.5).max(0.0);
             let first = (position as usize).min(from - 1);

@@ -1,0 +1,104 @@
+//! Plain text to image with the base, without any reference: what the base can do by itself, and what data for the
+//! encoder's training is drawn with.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::guidance::plain;
+use crate::models::roles::{LatentDecoder, TextEncoder};
+use crate::models::unet::{Conditioning, FreeU, Pass, UNet};
+use crate::nn::Loras;
+use crate::random::Address;
+use crate::schedule::{NoiseSchedule, SamplerKind};
+use crate::{Error, Result};
+
+/// How pictures are drawn from text alone.
+#[derive(Clone, Debug)]
+pub struct TextToImageOptions {
+    /// Number of denoising steps.
+    pub steps: usize,
+    /// The sampler.
+    pub sampler: SamplerKind,
+    /// Guidance scale; with 1 or less there is no unconditional pass (Turbo, LCM).
+    pub guidance_scale: f64,
+    /// FreeU, where wanted.
+    pub freeu: Option<FreeU>,
+    /// LoRA sets on the U-Net, such as the LCM-LoRA.
+    pub loras: Loras,
+}
+
+impl Default for TextToImageOptions {
+    /// diffusers' defaults for SDXL: 50 steps, guidance 5.
+    fn default() -> Self {
+        TextToImageOptions {
+            steps: 50,
+            sampler: SamplerKind::default(),
+            guidance_scale: 5.0,
+            freeu: None,
+            loras: Loras::none(),
+        }
+    }
+}
+
+/// Text to pictures (diffusers: `StableDiffusionXLPipeline`).
+#[derive(Clone)]
+pub struct TextToImage {
+    /// The denoiser.
+    pub unet: UNet,
+    /// Prompts to embeddings.
+    pub text_encoder: Arc<dyn TextEncoder>,
+    /// Latents to images.
+    pub decoder: Arc<dyn LatentDecoder>,
+    /// The diffusion process the U-Net was trained with.
+    pub schedule: NoiseSchedule,
+    /// Pixels a latent stands for, in each direction (8 for SDXL).
+    pub factor: usize,
+}
+
+impl TextToImage {
+    /// One picture a prompt, from standard normal `noise` `(prompts, channels, height, width)`:
+    /// `(prompts, 3, height * factor, width * factor)`, nominally in [-1, 1].
+    ///
+    /// Without text (for the guidance) embeddings are zero, as SDXL was trained.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where there are not as many prompts as noises, or for a number of steps the sampler cannot
+    /// take; those of the networks.
+    pub fn generate(&self, prompts: &[String], noise: &Tensor, options: &TextToImageOptions) -> Result<Tensor> {
+        self.decoder.decode(&self.latents(prompts, noise, options)?)
+    }
+
+    /// The scaled latents that [`TextToImage::generate`] decodes, as `noise`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn latents(&self, prompts: &[String], noise: &Tensor, options: &TextToImageOptions) -> Result<Tensor> {
+        let (batch, _, height, width) = noise.dims4()?;
+        if prompts.len() != batch {
+            let found = prompts.len().to_string();
+            return Err(Error::argument("TextToImage", "prompts", format!("{batch}, as many as noises"), found));
+        }
+        let text = self.text_encoder.encode(prompts)?;
+        let (height, width) = ((height * self.factor) as f64, (width * self.factor) as f64);
+        let text = Conditioning {
+            hidden_states: text.hidden_states.detach(),
+            pooled: text.pooled.detach(),
+            time_ids: vec![[height, width, 0.0, 0.0, height, width]; batch],
+        };
+        let guided = (options.guidance_scale > 1.0).then(|| text.without_text()).transpose()?;
+        let pass = Pass { loras: options.loras.clone(), freeu: options.freeu, ..Pass::default() };
+        let mut sampler = options.sampler.build(&self.schedule, options.steps)?;
+        let mut latents = (noise * sampler.init_noise_sigma())?;
+        for (i, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
+            let input = sampler.scale_model_input(&latents, i)?;
+            let predict = |text: &Conditioning| self.unet.forward(&input, &vec![timestep; batch], text, &pass);
+            let prediction = match &guided {
+                Some(no_text) => plain(&predict(no_text)?, &predict(&text)?, options.guidance_scale)?,
+                None => predict(&text)?,
+            };
+            latents = sampler.step(&prediction, i, &latents, Address::new(0, "text to image"))?.detach();
+        }
+        Ok(latents)
+    }
+}
