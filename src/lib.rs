@@ -71,6 +71,7 @@ pub mod autograd;
 pub mod data;
 mod error;
 pub mod face;
+pub mod formats;
 pub mod lookahead;
 pub mod mini;
 pub mod models;
