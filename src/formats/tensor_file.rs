@@ -190,10 +190,15 @@ impl Part {
     /// and not the whole file.
     fn forget(&self, start: usize, length: usize) {
         #[cfg(unix)]
-        if length > 1 << 16 {
+        {
+            // A page fault maps its neighbours too, up to the largest block of the page cache: whole blocks go, not
+            // just the tensor.
+            const WINDOW: usize = 2 << 20;
+            let from = start & !(WINDOW - 1);
+            let to = (start + length).next_multiple_of(WINDOW).min(self.map.len());
             // SAFETY: the map is a read-only map of a file: pages that are let go of are read again when touched.
             // That this fails costs memory and nothing else.
-            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, length) };
+            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from) };
         }
         #[cfg(not(unix))]
         let _ = (start, length);
