@@ -94,9 +94,13 @@ fn a_unet_in_one_file_and_in_shards_computes_what_diffusers_does() -> Result<()>
 fn a_lora_in_any_form_computes_what_peft_does() -> Result<()> {
     let unet = unet_of("base", None)?;
     let expected = &outputs()?["lora"];
-    for name in
-        ["lora_peft", "lora_diffusers", "lora_old.safetensors", "lora_kohya.safetensors", "lora_kohya_stability.safetensors"]
-    {
+    for name in [
+        "lora_peft",
+        "lora_diffusers",
+        "lora_old.safetensors",
+        "lora_kohya.safetensors",
+        "lora_kohya_stability.safetensors",
+    ] {
         let lora = LoraFile::open(fixture(name), unet.config()).context(name)?;
         let set = lora.to_set(DType::F64, &Device::Cpu)?;
         let pass = Pass { loras: Loras::one(&set, 1.0), ..Pass::default() };
@@ -256,7 +260,8 @@ fn opening_a_unet_takes_no_more_memory_than_its_file_and_a_tenth() -> Result<()>
         .collect::<Result<_>>()?;
     formats::write_safetensors(&path, &tensors, &BTreeMap::new())?;
     let test = "opening_a_unet_takes_no_more_memory_than_its_file_and_a_tenth";
-    let child = std::process::Command::new(std::env::current_exe()?).args([test, "--exact"]).env(CHILD, &path).output()?;
+    let child =
+        std::process::Command::new(std::env::current_exe()?).args([test, "--exact"]).env(CHILD, &path).output()?;
     ensure!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
     Ok(())
 }

@@ -3,6 +3,8 @@
 mod attention;
 mod compare;
 mod measure;
+mod networks;
+mod training;
 mod unet;
 
 use std::path::PathBuf;
@@ -27,6 +29,12 @@ struct Arguments {
     /// Compare the U-Net with what reference.py wrote to this folder, and measure nothing else
     #[arg(long, value_name = "FOLDER")]
     compare: Option<PathBuf>,
+    /// Run one forward pass of the U-Net at this batch size between cudaProfilerStart and -Stop, and nothing else
+    #[arg(long, value_name = "BATCH")]
+    profile: Option<usize>,
+    /// Batch sizes of the training iterations
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8")]
+    batch: Vec<usize>,
     /// Which GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -36,6 +44,7 @@ struct Arguments {
 enum Part {
     Attention,
     Unet,
+    Training,
 }
 
 fn main() -> ExitCode {
@@ -48,12 +57,18 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return compare::compare(folder, &device);
     }
     let mut report = Report::new(&device)?;
+    if let Some(batch) = arguments.profile {
+        return Ok(unet::profile(&report, batch)?);
+    }
     let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
     if wanted(Part::Attention) {
         attention::measure(&mut report)?;
     }
     if wanted(Part::Unet) {
         unet::measure(&mut report)?;
+    }
+    if wanted(Part::Training) {
+        training::measure(&mut report, &arguments.batch)?;
     }
     Ok(())
 }

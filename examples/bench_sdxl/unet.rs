@@ -1,19 +1,12 @@
 //! Forward passes of the full-size U-Net.
 
 use candle_core::{DType, Device, Tensor};
-use lcm_lookahead::models::unet::Config;
-use lcm_lookahead::nn::Weights;
-use lcm_lookahead::{Conditioning, Pass, Result, UNet};
+use lcm_lookahead::{Conditioning, Pass, Result, cuda};
 
 use crate::measure::Report;
 
 /// Floating-point operations of one forward pass of one sample at 1024 pixels.
 pub const FORWARD: f64 = 5.98e12;
-
-/// SDXL's U-Net with random weights.
-pub fn random_unet(device: &Device) -> Result<UNet> {
-    UNet::load(&Config::sdxl(), &Weights::random(DType::BF16, device))
-}
 
 /// Random latents, and conditioning, of a batch at 1024 pixels.
 pub fn random_inputs(batch: usize, device: &Device) -> Result<(Tensor, Conditioning)> {
@@ -23,8 +16,18 @@ pub fn random_inputs(batch: usize, device: &Device) -> Result<(Tensor, Condition
     Ok((random(&[batch, 4, 128, 128])?, conditioning))
 }
 
+/// One forward pass for a profiler that waits for `cudaProfilerStart` (`ncu --profile-from-start off`).
+pub fn profile(report: &Report, batch: usize) -> Result<()> {
+    let unet = crate::networks::unet(&report.device)?;
+    let (latents, conditioning) = random_inputs(batch, &report.device)?;
+    let timesteps = vec![500; batch];
+    let run = || unet.forward(&latents, &timesteps, &conditioning, &Pass::default()).map(|_| ());
+    run()?;
+    cuda::profiled(&report.device, run)
+}
+
 pub fn measure(report: &mut Report) -> Result<()> {
-    let unet = random_unet(&report.device)?;
+    let unet = crate::networks::unet(&report.device)?;
     for batch in [1, 2, 4] {
         let (latents, conditioning) = random_inputs(batch, &report.device)?;
         let timesteps = vec![500; batch];

@@ -122,3 +122,17 @@ pub fn set_deterministic(on: bool) {
 pub fn synchronize(device: &Device) -> Result<()> {
     Ok(device.synchronize()?)
 }
+
+/// Runs a function between `cudaProfilerStart` and `cudaProfilerStop`, for profilers that are told to wait for them.
+///
+/// # Errors
+/// That of the function; [`Error::Device`] where the driver refuses.
+pub fn profiled<T>(device: &Device, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    let failed = |error: result::DriverError| Error::device("profiling", error.to_string());
+    synchronize(device)?;
+    let profiler = candle_core::cuda_backend::cudarc::driver::Profiler::new().map_err(failed)?;
+    let result = run();
+    synchronize(device)?;
+    drop(profiler);
+    result
+}

@@ -12,7 +12,7 @@ mod memory;
 mod reduce;
 
 pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm};
-pub use device::{MemoryUse, deterministic, memory_use, open, set_deterministic, synchronize};
+pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize};
 pub use graph::Graph;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};

@@ -201,7 +201,9 @@ impl Weights {
     pub(super) fn get_conv(&self, out: usize, inner: usize, kernel: usize, name: &str, init: Init) -> Result<Tensor> {
         let weight = self.get((out, inner, kernel, kernel), name, init)?;
         match &*self.source {
-            Source::Frozen { .. } | Source::File { .. } | Source::Random { .. } => Ok(weight.permute((0, 2, 3, 1))?.contiguous()?),
+            Source::Frozen { .. } | Source::File { .. } | Source::Random { .. } => {
+                Ok(weight.permute((0, 2, 3, 1))?.contiguous()?)
+            }
             Source::Shapes { .. } => Ok(weight.permute((0, 2, 3, 1))?),
             Source::Trainable { .. } => Ok(weight),
         }

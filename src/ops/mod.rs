@@ -13,8 +13,8 @@ mod channel_affine;
 mod channels;
 mod conv2d;
 
-mod elementwise;
 mod depthwise_conv2d;
+mod elementwise;
 mod geglu;
 mod group_norm;
 mod layer_norm;
@@ -32,6 +32,8 @@ pub use addends::Addends;
 pub use attention::{Mask, attention, attention_where, cross_attention};
 pub use conv2d::{conv2d, conv2d_with};
 
+pub use channel_affine::channel_affine;
+pub use depthwise_conv2d::depthwise_conv2d;
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
     to_channels_last,
@@ -40,8 +42,6 @@ pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_with};
-pub use channel_affine::channel_affine;
-pub use depthwise_conv2d::depthwise_conv2d;
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
 pub use resize_bicubic::resize_bicubic;

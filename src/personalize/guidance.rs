@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// How the noise predictions with and without conditions are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,26 +36,58 @@ impl Guidance {
     }
 }
 
-/// The noise predictions of one step that a [`Guidance`] may combine.
-pub(super) struct Predictions {
-    /// No text, no image, no reference.
-    pub unconditional: Tensor,
-    /// Text and image, no reference.
-    pub conditional: Tensor,
-    /// The reference alone.
-    pub unconditional_kv: Tensor,
-    /// Everything.
-    pub conditional_kv: Tensor,
+/// One of the noise predictions that a guidance combines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Branch {
+    /// Whether it has text and image tokens.
+    pub conditional: bool,
+    /// The reference's keys and values, where it has them.
+    pub reference: Option<ReferenceText>,
 }
 
-impl Predictions {
-    /// The three-term form.
-    pub fn three_term(&self, no_kv: f64, full: f64, kv: f64) -> Result<Tensor> {
-        let u = &self.unconditional;
-        let text = ((&self.conditional - u)? * no_kv)?;
-        let all = ((&self.conditional_kv - u)? * full)?;
-        let reference = ((&self.unconditional_kv - u)? * kv)?;
-        Ok((((u + text)? + all)? + reference)?)
+/// What the KV encoder is told about the reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReferenceText {
+    /// The encoder prompt.
+    Prompt,
+    /// Nothing.
+    None,
+}
+
+const UNCONDITIONAL: Branch = Branch { conditional: false, reference: None };
+const CONDITIONAL: Branch = Branch { conditional: true, reference: None };
+const UNCONDITIONAL_KV: Branch = Branch { conditional: false, reference: Some(ReferenceText::None) };
+const CONDITIONAL_KV: Branch = Branch { conditional: true, reference: Some(ReferenceText::Prompt) };
+
+impl Guidance {
+    /// The predictions it combines, with or without a KV path.
+    pub(super) fn branches(self, with_reference: bool) -> &'static [Branch] {
+        match (self, with_reference) {
+            (Guidance::None, true) => &[CONDITIONAL_KV],
+            (Guidance::None, false) => &[CONDITIONAL],
+            (Guidance::Plain { .. }, true) => &[UNCONDITIONAL, CONDITIONAL_KV],
+            // Without a reference the three terms are one: what has the reference equals what lacks it.
+            (Guidance::Plain { .. } | Guidance::ThreeTerm { .. }, false) => &[UNCONDITIONAL, CONDITIONAL],
+            (Guidance::ThreeTerm { .. }, true) => &[UNCONDITIONAL, CONDITIONAL, UNCONDITIONAL_KV, CONDITIONAL_KV],
+        }
+    }
+
+    /// Combines the predictions of its branches, which come in their order.
+    pub(super) fn combine(self, predictions: &[Tensor]) -> Result<Tensor> {
+        match (self, predictions) {
+            (_, [prediction]) => Ok(prediction.clone()),
+            (Guidance::Plain { scale }, [u, c]) => plain(u, c, scale),
+            (Guidance::ThreeTerm { no_kv, full, .. }, [u, c]) => plain(u, c, no_kv + full),
+            (Guidance::ThreeTerm { no_kv, full, kv }, [u, c, u_kv, c_kv]) => {
+                let [text, reference, all] = [(c, no_kv), (u_kv, kv), (c_kv, full)]
+                    .map(|(with, weight)| Ok::<_, Error>(((with - u)? * weight)?));
+                Ok((((u + text?)? + all?)? + reference?)?)
+            }
+            (_, others) => {
+                let found = others.len().to_string();
+                Err(Error::argument("Guidance", "predictions", "one for each branch", found))
+            }
+        }
     }
 }
 
@@ -73,14 +105,13 @@ mod tests {
     #[test]
     fn the_three_term_form_is_the_official_one() -> Result<()> {
         let number = |x: f64| Tensor::new(&[x], &Device::Cpu);
-        let predictions = Predictions {
-            unconditional: number(1.0)?,
-            conditional: number(2.0)?,
-            unconditional_kv: number(4.0)?,
-            conditional_kv: number(7.0)?,
-        };
+        let predictions = [number(1.0)?, number(2.0)?, number(4.0)?, number(7.0)?];
         // 1 + 3 (2 - 1) + 2 (7 - 1) + 2 (4 - 1)
-        assert_eq!(predictions.three_term(3.0, 2.0, 2.0)?.to_vec1::<f64>()?, [22.0]);
+        let guidance = Guidance::official();
+        assert_eq!(guidance.branches(true), [UNCONDITIONAL, CONDITIONAL, UNCONDITIONAL_KV, CONDITIONAL_KV]);
+        assert_eq!(guidance.combine(&predictions)?.to_vec1::<f64>()?, [22.0]);
+        // Without a reference: 1 + (3 + 2) (2 - 1)
+        assert_eq!(guidance.combine(&predictions[..2])?.to_vec1::<f64>()?, [6.0]);
         assert_eq!(plain(&number(1.0)?, &number(2.0)?, 5.0)?.to_vec1::<f64>()?, [6.0]);
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use image::RgbImage;
 
-use super::guidance::{Guidance, Predictions, plain};
+use super::guidance::{Branch, Guidance, ReferenceText};
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
 use crate::models::resampler;
@@ -238,13 +238,14 @@ impl Personalizer {
         let clean = base.latents(&image.clamp(-1.0, 1.0)?, address)?;
         let noise = address.normal(clean.shape(), base.dtype, &base.device)?;
         let latents = base.schedule.add_noise(&clean, &noise, &[timestep])?;
-        let conditions = self.conditions(reference, &[prompt.to_string()], options, noise)?;
         let lcm = Options { sampler: SamplerKind::Lcm, guidance: Guidance::None, ..options.clone() };
+        let conditions = self.conditions(reference, &[prompt.to_string()], &lcm, noise)?;
         let prediction = self.predict(&conditions, &latents, timestep, &lcm)?;
         let form = PreviewForm::Equation3;
         base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &[timestep], form)?)
     }
 
+    /// All that does not change over the steps, for the branches of the guidance one after the other in one batch.
     fn conditions(
         &self,
         reference: &Reference,
@@ -252,35 +253,54 @@ impl Personalizer {
         options: &Options,
         noise: Tensor,
     ) -> Result<Conditions> {
+        let base = &self.base;
         let batch = prompts.len();
         let repeat = |tensor: &Tensor| -> Result<Tensor> {
             let (_, tokens, width) = tensor.dims3()?;
             Ok(tensor.broadcast_as((batch, tokens, width))?.contiguous()?)
         };
-        let text = self.base.conditioning(prompts)?;
-        let encoder_text = self.base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
-        let scale = options.adapter_scale;
+        let with_reference = options.use_reference && self.encoder.kv_encoder().is_some();
+        let branches = options.guidance.branches(with_reference);
+        let text = base.conditioning(prompts)?;
+        let no_text = text.without_text()?;
+        let texts: Vec<&Conditioning> =
+            branches.iter().map(|branch| if branch.conditional { &text } else { &no_text }).collect();
+        let (tokens, no_tokens) = (repeat(&reference.tokens.conditional)?, repeat(&reference.tokens.unconditional)?);
+        let images: Vec<&Tensor> =
+            branches.iter().map(|branch| if branch.conditional { &tokens } else { &no_tokens }).collect();
+
+        let mut reference_texts = Vec::new();
+        for kind in branches.iter().filter_map(|branch| branch.reference) {
+            if !reference_texts.contains(&kind) {
+                reference_texts.push(kind);
+            }
+        }
+        let prompt = base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
+        let no_prompt = prompt.without_text()?;
+        let encoder_texts: Vec<&Conditioning> = reference_texts
+            .iter()
+            .map(|kind| match kind {
+                ReferenceText::Prompt => &prompt,
+                ReferenceText::None => &no_prompt,
+            })
+            .collect();
         Ok(Conditions {
-            image: self.encoder.image_tokens(&repeat(&reference.tokens.conditional)?, scale)?,
-            no_image: self.encoder.image_tokens(&repeat(&reference.tokens.unconditional)?, scale)?,
-            no_text: text.without_text()?,
-            no_encoder_text: encoder_text.without_text()?,
-            text,
-            encoder_text,
-            reference_latents: Tensor::cat(&vec![&reference.latents; batch], 0)?,
-            noise,
+            branches,
+            text: Conditioning::cat(&texts)?,
+            image: self.encoder.image_tokens(&Tensor::cat(&images, 0)?, options.adapter_scale)?,
+            encoder_text: if encoder_texts.is_empty() { None } else { Some(Conditioning::cat(&encoder_texts)?) },
+            reference_latents: Tensor::cat(&vec![&reference.latents; batch * encoder_texts.len().max(1)], 0)?,
+            noise: Tensor::cat(&vec![&noise; encoder_texts.len().max(1)], 0)?,
+            reference_texts,
         })
     }
 
-    /// The reference's keys and values at a timestep; `None` where the KV path is off.
-    fn key_values(
-        &self,
-        conditions: &Conditions,
-        text: &Conditioning,
-        timestep: usize,
-        options: &Options,
-    ) -> Result<Option<KeyValues>> {
-        let Some(kv_encoder) = self.encoder.kv_encoder().filter(|_| options.use_reference) else { return Ok(None) };
+    /// The reference's keys and values at a timestep, one a sample of the batch of all branches; branches without a
+    /// reference get those of another, which they do not look at. `None` where no branch has one.
+    fn key_values(&self, conditions: &Conditions, timestep: usize, options: &Options) -> Result<Option<KeyValues>> {
+        let (Some(kv_encoder), Some(text)) = (self.encoder.kv_encoder(), &conditions.encoder_text) else {
+            return Ok(None);
+        };
         let base = &self.base;
         let timesteps = vec![timestep; text.batch()];
         let latents = match options.noisy_encoder_input {
@@ -288,61 +308,59 @@ impl Personalizer {
             true => base.schedule.add_noise(&conditions.reference_latents, &conditions.noise, &timesteps)?,
             false => conditions.reference_latents.clone(),
         };
-        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?))
+        let encoded = kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?;
+        let kinds = &conditions.reference_texts;
+        let places: Vec<usize> = conditions
+            .branches
+            .iter()
+            .map(|branch| kinds.iter().position(|kind| branch.reference == Some(*kind)).unwrap_or(0))
+            .collect();
+        if places.iter().copied().eq(0..kinds.len()) {
+            return Ok(Some(encoded));
+        }
+        let size = text.batch() / kinds.len();
+        let arranged = encoded.map(|_, tensor| {
+            let parts: Vec<Tensor> =
+                places.iter().map(|place| tensor.narrow(0, place * size, size)).collect::<candle_core::Result<_>>()?;
+            Ok(Tensor::cat(&parts, 0)?)
+        })?;
+        Ok(Some(arranged))
     }
 
     fn predict(&self, conditions: &Conditions, latents: &Tensor, timestep: usize, options: &Options) -> Result<Tensor> {
         let base = &self.base;
-        let timesteps = vec![timestep; conditions.text.batch()];
+        let batch = latents.dim(0)?;
         let loras = match options.sampler {
             SamplerKind::Lcm => Loras::one(&base.lcm_lora, 1.0),
             _ => Loras::none(),
         };
-        let run = |text: &Conditioning, image: &ImageTokens, reference: Option<KeyValues>| -> Result<Tensor> {
-            let pass = Pass {
-                loras: loras.clone(),
-                reference,
-                image_tokens: Some(image.clone()),
-                freeu: options.freeu,
-                ..Pass::default()
-            };
-            base.unet.forward(latents, &timesteps, text, &pass)
+        let sees = |branch: &Branch| std::iter::repeat_n(branch.reference.is_some(), batch);
+        let pass = Pass {
+            loras,
+            reference: self.key_values(conditions, timestep, options)?,
+            sees_reference: Some(conditions.branches.iter().flat_map(sees).collect()),
+            image_tokens: Some(conditions.image.clone()),
+            freeu: options.freeu,
+            ..Pass::default()
         };
-        let (text, no_text) = (&conditions.text, &conditions.no_text);
-        let reference = self.key_values(conditions, &conditions.encoder_text, timestep, options)?;
-        match (options.guidance, reference) {
-            (Guidance::None, reference) => run(text, &conditions.image, reference),
-            (Guidance::Plain { scale }, reference) => {
-                let unconditional = run(no_text, &conditions.no_image, None)?;
-                plain(&unconditional, &run(text, &conditions.image, reference)?, scale)
-            }
-            // Without a reference the three terms are one: what has the reference equals what lacks it.
-            (Guidance::ThreeTerm { no_kv, full, .. }, None) => {
-                let unconditional = run(no_text, &conditions.no_image, None)?;
-                plain(&unconditional, &run(text, &conditions.image, None)?, no_kv + full)
-            }
-            (Guidance::ThreeTerm { no_kv, full, kv }, Some(reference)) => {
-                let no_text_reference = self.key_values(conditions, &conditions.no_encoder_text, timestep, options)?;
-                let predictions = Predictions {
-                    unconditional: run(no_text, &conditions.no_image, None)?,
-                    conditional: run(text, &conditions.image, None)?,
-                    unconditional_kv: run(no_text, &conditions.no_image, no_text_reference)?,
-                    conditional_kv: run(text, &conditions.image, Some(reference))?,
-                };
-                predictions.three_term(no_kv, full, kv)
-            }
-        }
+        // One pass for all branches.
+        let count = conditions.branches.len();
+        let latents = Tensor::cat(&vec![latents; count], 0)?;
+        let timesteps = vec![timestep; batch * count];
+        let prediction = base.unet.forward(&latents, &timesteps, &conditions.text, &pass)?;
+        options.guidance.combine(&prediction.chunk(count, 0)?)
     }
 }
 
 /// What does not change over the steps of one call.
 struct Conditions {
+    branches: &'static [Branch],
+    /// Of all branches, one after the other.
     text: Conditioning,
-    no_text: Conditioning,
-    encoder_text: Conditioning,
-    no_encoder_text: Conditioning,
     image: ImageTokens,
-    no_image: ImageTokens,
+    /// What the KV encoder runs with, one after the other, and in which branches its results are used.
+    reference_texts: Vec<ReferenceText>,
+    encoder_text: Option<Conditioning>,
     reference_latents: Tensor,
     noise: Tensor,
 }

@@ -337,7 +337,9 @@ impl<'a> Reader<'a> {
                     return Err("the state of an object that is no dictionary".into());
                 }
             }
-            other => return Err(format!("instruction {other:#04x} at byte {}, which tensors do not take", self.at - 1)),
+            other => {
+                return Err(format!("instruction {other:#04x} at byte {}, which tensors do not take", self.at - 1));
+            }
         }
         Ok(Some(None))
     }

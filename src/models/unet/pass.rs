@@ -71,6 +71,8 @@ pub struct Pass {
     /// Keys and values that the self-attention of the blocks they name attends to besides its own (paper, section 4.3).
     /// Blocks that are not named stay plain.
     pub reference: Option<KeyValues>,
+    /// Which samples of the batch see the reference; all where `None`.
+    pub sees_reference: Option<Vec<bool>>,
     /// Image tokens for the decoupled cross-attention (IP-Adapter).
     pub image_tokens: Option<ImageTokens>,
     /// FreeU in the first two up blocks.

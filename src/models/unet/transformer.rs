@@ -92,8 +92,12 @@ impl TransformerBlock {
         let loras = &pass.loras;
         let query = self.attn1.to_q.forward_adapted(normed, loras)?;
         let (key, value) = self.attn1.key_value(normed, loras)?;
-        let reference = inputs.reference.as_ref().map(|(key, value)| (key, value));
-        let attended = ops::attention(&query, (&key, &value), reference, self.attn1.heads, Mask::None)?;
+        let (own, heads) = ((&key, &value), self.attn1.heads);
+        let attended = match (&inputs.reference, &pass.sees_reference) {
+            (Some((key, value)), Some(sees)) => ops::attention_where(&query, own, (key, value), sees, heads)?,
+            (Some((key, value)), None) => ops::attention(&query, own, Some((key, value)), heads, Mask::None)?,
+            (None, _) => ops::attention(&query, own, None, heads, Mask::None)?,
+        };
         let hidden = self.attn1.to_out.forward_adding(&attended, loras, Some(hidden))?;
 
         let normed = self.norm2.forward(&hidden)?;

@@ -1,9 +1,9 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::Attention;
 use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces};
-use super::Attention;
 use crate::autograd::Backward;
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 use crate::{Error, Result};

@@ -55,7 +55,8 @@ pub(super) fn cross_attention(
     if !taken {
         return Ok(None);
     }
-    let function = CrossAttention { attention: Attention { heads, mask: Mask::None, sees_reference: None }, scale: scale as f32 };
+    let function =
+        CrossAttention { attention: Attention { heads, mask: Mask::None, sees_reference: None }, scale: scale as f32 };
     apply(function, &all).map(Some)
 }
 

@@ -1,9 +1,9 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::Attention;
 use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, exponentials, maximum, pieces};
-use super::Attention;
 use crate::Result;
 use crate::autograd::{Forward, Output};
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};

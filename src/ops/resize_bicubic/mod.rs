@@ -29,11 +29,8 @@ pub fn resize_bicubic(x: &Tensor, height: usize, width: usize) -> Result<Tensor>
     }
     let (_, old_height, old_width, _) = x.dims4()?;
     let along = |from: usize, to: usize| Taps { from, rows: (0..to).map(|output| taps(from, to, output)).collect() };
-    let resize = ResizeBilinear {
-        vertical: along(old_height, height),
-        horizontal: along(old_width, width),
-        antialias: None,
-    };
+    let resize =
+        ResizeBilinear { vertical: along(old_height, height), horizontal: along(old_width, width), antialias: None };
     apply(resize, &[x])
 }
 

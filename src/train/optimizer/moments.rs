@@ -8,16 +8,16 @@ use crate::Result;
 use crate::train::gradients::with_cpu_slice;
 
 /// The numbers of one AdamW update of one parameter.
-pub(super) struct Update {
-    beta1: f64,
-    beta2: f64,
-    epsilon: f64,
+pub(in crate::train) struct Update {
+    pub(super) beta1: f64,
+    pub(super) beta2: f64,
+    pub(super) epsilon: f64,
     /// What is left of a parameter after weight decay.
-    keep: f64,
+    pub(super) keep: f64,
     /// Learning rate over the bias correction of the first moment.
-    step_size: f64,
+    pub(super) step_size: f64,
     /// Root of the bias correction of the second moment.
-    root_correction: f64,
+    pub(super) root_correction: f64,
 }
 
 impl Update {
