@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType, Tensor};
 
-use super::{Attention, Mask};
+use super::{Attention, Mask, wide};
 use crate::Result;
 use crate::autograd::{Backward, Forward};
 use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken, upload};
@@ -124,6 +124,9 @@ fn flags(attention: &Attention, device: &CudaDevice) -> Result<Option<Tensor>> {
 
 pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forward> {
     let q = &inputs[0];
+    if wide::takes(attention, q) {
+        return wide::forward(attention, inputs);
+    }
     let device = cuda_device(NAME, q)?;
     let (batch, tokens, _) = q.dims3()?;
     let out = Buffer::like(NAME, q)?;
@@ -184,6 +187,9 @@ impl GradientArguments {
 }
 
 pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+    if wide::takes(attention, &context.inputs[0]) {
+        return wide::backward(attention, context);
+    }
     let device = cuda_device(NAME, &context.inputs[0])?;
     let (mut arguments, buffers) = GradientArguments::new(attention, context)?;
     let stream = stream(&device);
