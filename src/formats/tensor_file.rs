@@ -371,6 +371,10 @@ impl TensorFile {
             }
             dtype => {
                 let dtype = dtype.candle().ok_or_else(unsupported)?;
+                #[cfg(feature = "cuda")]
+                if let (Device::Cuda(device), 1.., DType::F32 | DType::BF16 | DType::F16) = (device, length, dtype) {
+                    return crate::cuda::upload_bytes(device, bytes, dtype, &info.shape);
+                }
                 match length {
                     0 => Tensor::zeros(info.shape.as_slice(), dtype, device)?,
                     _ => Tensor::from_raw_buffer(bytes, dtype, &info.shape, device)?,
