@@ -6,25 +6,21 @@
 // the padding. So the main loop is that of a plain product over (tap, 64 channels) steps. A linear layer is the case of one
 // tap and an image of one row.
 //
-// One block computes 2 boxes x 160 columns with two consumer warpgroups (one per box) and a producer warp; 160 columns
-// because SDXL's channel counts are multiples of 320, and 256 x 160 tiles cover its images in multiples of 128 tiles, which
-// suits 132 multiprocessors. The blocks of a cluster share loads (`cn` blocks side by side read the same pixels, `cm` blocks the same
-// weights, by multicast) or split the sum over K (`split`; the parts meet in shared memory, added in a fixed order).
+// One block computes 2 boxes with two consumer warpgroups (one per box) and a producer warp. Tiles are 256 x 160 or 128 x 320 where there are many:
+// SDXL's channel counts are multiples of 320, and such tiles cover its images in multiples of 128, which suits 132 multiprocessors.
+// The blocks of a cluster share loads (`cn` blocks side by side read the same pixels, `cm` blocks the same weights, by multicast) or
+// split the sum over K (`split`; the parts meet in shared memory, added in a fixed order).
 #include "hopper.cuh"
 #include <cuda_runtime.h>
 
 namespace hopper_gemm {
 using namespace hopper;
 
-constexpr int kColumns = 160; // of a tile
 constexpr int kDepth = 64;    // channels of a step: 128 bytes, the width of the swizzle
 constexpr int kThreads = 384; // producer warpgroup and two consumers
 constexpr int kMaxTaps = 25;
 constexpr int kGroup = 8; // tiles of pixels that are walked together with all columns, for the second-level cache
-#ifndef LCM_DX_BLOCK
-#define LCM_DX_BLOCK 32
-#endif
-constexpr int kBlock = LCM_DX_BLOCK; // columns per swizzled block of a transposed B
+constexpr int kBlock = 64; // columns per swizzled block of a transposed B
 
 // A summand of every output: input shifted by (dy, dx), times the weights of `tap`, over `steps` * 64 channels.
 struct Tap {
@@ -51,13 +47,17 @@ struct Problem {
   int32_t cm, cn, split;
 };
 
-template <int kRows, bool kTransposed> struct Layout { // of shared memory
-  static constexpr int kBox = kRows / 2;               // pixels
-  static constexpr int kBlocks = (kColumns + kBlock - 1) / kBlock;
+// A transposed B comes in blocks of 64 columns, whole lines of memory if a tile starts at a multiple of 64: hence 320 or 256 columns there.
+template <int kRows, int kColumns, bool kTransposed> struct Layout { // of shared memory
+  static constexpr int kBox = kRows / 2;                             // pixels
+  static constexpr int kBlocks = kColumns / kBlock;                  // of a transposed B
+  static_assert(!kTransposed || kColumns % kBlock == 0, "");
   static constexpr int kA = kRows * kDepth * 2;
-  static constexpr int kB = kTransposed ? kBlocks * kBlock * kDepth * 2 : kColumns * kDepth * 2;
-  static constexpr int kStages = (227 * 1024 - 2048) / (kA + kB) > 6 ? 6 : (227 * 1024 - 2048) / (kA + kB);
-  static constexpr int kBytes = 1024 + kStages * (kA + kB) + kStages * 16;
+  static constexpr int kB = kColumns * kDepth * 2;
+  static constexpr int kExtra = 2 * 8 * 6 + 2 * 4 * kColumns; // barriers (at most 6 stages), and a row of biases per warpgroup
+  static constexpr int kStages = (227 * 1024 - kExtra) / (kA + kB) > 6 ? 6 : (227 * 1024 - kExtra) / (kA + kB);
+  static constexpr int kBiases = kStages * (kA + kB), kFull = kBiases + 2 * 4 * kColumns, kEmpty = kFull + 8 * kStages, kBytes = kEmpty + 8 * kStages;
+  static constexpr int kNumbers = kRows / 128 * kColumns / 2; // accumulators of a thread
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -79,10 +79,10 @@ __device__ __forceinline__ Tile locate(const Problem &p, int index, int rank_m, 
 struct Box {
   int x, y, sample;
 };
+template <int kBox> constexpr int kBoxLog = kBox == 128 ? 7 : 6;
 template <int kBox> __device__ __forceinline__ Box locate_box(const Problem &p, int index) {
   int row = index / p.boxes_x, sample = row / p.boxes_y;
-  constexpr int kLog = kBox == 128 ? 7 : 6;
-  return {(index - row * p.boxes_x) << p.log_w, (row - sample * p.boxes_y) << p.log_h, sample << (kLog - p.log_w - p.log_h)};
+  return {(index - row * p.boxes_x) << p.log_w, (row - sample * p.boxes_y) << p.log_h, sample << (kBoxLog<kBox> - p.log_w - p.log_h)};
 }
 
 // Lane q of four holds row q of a 4 x 4 matrix of words, and gets column q.
@@ -112,10 +112,14 @@ template <bool kHalf> __device__ __forceinline__ uint32_t pack(float x, float y)
 }
 __device__ __forceinline__ const char *at(const void *base, int64_t element) { return static_cast<const char *>(base) + 2 * element; }
 
+template <bool kHalf> __device__ __forceinline__ float number(const void *base, int64_t element) {
+  return unpack<kHalf>(__ldg(static_cast<const uint16_t *>(base) + element)).x;
+}
+
 // The producer: one thread that keeps the stages filled.
-template <int kRows, bool kTransposed>
+template <int kRows, int kColumns, bool kTransposed>
 __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint32_t full, uint32_t empty, int rank_m, int rank_n, int rank_k, int cluster, int clusters) {
-  using L = Layout<kRows, kTransposed>;
+  using L = Layout<kRows, kColumns, kTransposed>;
   uint16_t mask_a = 0, mask_b = 0; // blocks that read the same pixels, the same weights
   int first_rank = rank_k * p.cm * p.cn;
   for (int i = 0; i < p.cn; ++i) mask_a |= 1 << (first_rank + rank_m * p.cn + i);
@@ -161,99 +165,109 @@ __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint3
   }
 }
 
+// What the consumers add to a column: the bias, and that of the sample if the tile has only one.
+template <int kRows, int kColumns, bool kHalf> __device__ __forceinline__ float column_bias(const Problem &p, const Tile &tile, int group, int column) {
+  column += tile.n * kColumns;
+  if (column >= p.columns) return 0;
+  float sum = 0;
+  if (p.bias) sum = number<kHalf>(p.bias, column);
+  if (p.sample_bias && p.log_w + p.log_h == kBoxLog<kRows / 2>) {
+    int sample = locate_box<kRows / 2>(p, 2 * tile.m + group).sample;
+    if (sample < p.samples) sum += number<kHalf>(p.sample_bias, static_cast<int64_t>(sample) * p.columns + column);
+  }
+  return sum;
+}
+
 // Adds biases and the residual to a consumer's accumulators and writes them. Four lanes hold 32 columns of a row, 8 each after
-// a transposition among them, so a row's store is 64 bytes and needs no shared memory.
-template <int kRows, bool kHalf>
-__device__ __forceinline__ void finish(const Problem &p, const Tile &tile, float (&acc)[kRows / 128][80], int group, int thread, uint32_t exchange, int rank_k) {
-  int lane = thread & 31, q = lane & 3, warp = (thread >> 5) & 3;
-  Box box = locate_box<kRows / 2>(p, 2 * tile.m + group);
+// a transposition among them, so a row's store is 64 bytes and needs no shared memory. The code is straight-line, and short: it runs
+// once per tile, so what it costs is the fetching of instructions.
+template <int kRows, int kColumns, bool kHalf, bool kResidual>
+__device__ __forceinline__ void finish(const Problem &p, const Tile &tile, const float *acc, int group, int thread, uint32_t biases, uint32_t owned) {
+  constexpr int kParts = kColumns / 32, kBatch = kParts == 10 ? 5 : kParts == 8 ? 4 : kParts;
+  const int lane = thread & 31, q = lane & 3, warp = (thread >> 5) & 3;
+  const Box box = locate_box<kRows / 2>(p, 2 * tile.m + group);
+  const int column = tile.n * kColumns + 8 * q; // the first of 8 that this lane reads and writes
+  biases += 8 * q;
 #pragma unroll
   for (int block = 0; block < kRows / 128; ++block) {
-    bool inside[2];
-    int sample[2];
     int64_t pixel[2];
+    bool inside[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = block * 64 + warp * 16 + half * 8 + (lane >> 2);
       int x = (box.x + (row & ((1 << p.log_w) - 1))) * p.stride + p.phase_x[tile.phase];
       row >>= p.log_w;
       int y = (box.y + (row & ((1 << p.log_h) - 1))) * p.stride + p.phase_y[tile.phase];
-      sample[half] = box.sample + (row >> p.log_h);
-      inside[half] = x < p.width && y < p.height && sample[half] < p.samples;
-      pixel[half] = (static_cast<int64_t>(sample[half]) * p.height + y) * p.width + x;
+      int sample = box.sample + (row >> p.log_h);
+      inside[half] = x < p.width && y < p.height && sample < p.samples;
+      pixel[half] = (static_cast<int64_t>(sample) * p.height + y) * p.width + x;
     }
+    char *to[2] = {const_cast<char *>(at(p.y, pixel[0] * p.y_row + column)), const_cast<char *>(at(p.y, pixel[1] * p.y_row + column))};
+    const char *from[2] = {at(p.residual, pixel[0] * p.residual_row + column), at(p.residual, pixel[1] * p.residual_row + column)};
 #pragma unroll
-    for (int part = 0; part < kColumns / 32; ++part) {
-      const int unit = block * (kColumns / 32) + part;
-      if (p.split > 1) {
-        if ((unit & (p.split - 1)) != rank_k) continue;
-        for (int other = 0; other < p.split; ++other) {
-          if (other == rank_k) continue;
+    for (int batch = 0; batch < kParts; batch += kBatch) {
+      uint4 residual[kBatch][2];
+      if constexpr (kResidual) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float4 add = load_cluster(exchange + ((unit * 4 + i) * 256 + thread) * 16, other);
-            float *to = &acc[block][part * 16 + i * 4];
-            to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            residual[i][half] = make_uint4(0, 0, 0, 0);
+            if (inside[half] && column + (batch + i) * 32 < p.columns) residual[i][half] = __ldg(reinterpret_cast<const uint4 *>(from[half] + (batch + i) * 64));
           }
-        }
       }
-      int column = tile.n * kColumns + part * 32;
-      bool mine = column + 8 * q < p.columns; // the 8 columns this lane loads and stores
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 value[4];
+      for (int i = 0; i < kBatch; ++i) {
+        const int part = batch + i;
+        const float *value = acc + (block * kParts + part) * 16;
+        float2 bias[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) value[i] = make_float2(acc[block][part * 16 + i * 4 + half * 2], acc[block][part * 16 + i * 4 + half * 2 + 1]);
-        if (p.bias)
+        for (int j = 0; j < 4; ++j) asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(bias[j].x), "=f"(bias[j].y) : "r"(biases + part * 128 + j * 32));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            int c = column + i * 8 + q * 2;
-            float2 add = unpack<kHalf>(c < p.columns ? __ldg(reinterpret_cast<const uint32_t *>(at(p.bias, c))) : 0);
-            value[i].x += add.x, value[i].y += add.y;
+        for (int half = 0; half < 2; ++half) {
+          uint32_t words[4];
+          if constexpr (kResidual) {
+            uint32_t add[4] = {residual[i][half].x, residual[i][half].y, residual[i][half].z, residual[i][half].w};
+            transpose(add, q);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              float2 pair = unpack<kHalf>(add[j]);
+              words[j] = pack<kHalf>(value[j * 4 + half * 2] + bias[j].x + pair.x, value[j * 4 + half * 2 + 1] + bias[j].y + pair.y);
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) words[j] = pack<kHalf>(value[j * 4 + half * 2] + bias[j].x, value[j * 4 + half * 2 + 1] + bias[j].y);
           }
-        if (p.sample_bias)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            int c = column + i * 8 + q * 2;
-            float2 add = unpack<kHalf>(c < p.columns && inside[half] ? __ldg(reinterpret_cast<const uint32_t *>(at(p.sample_bias, static_cast<int64_t>(sample[half]) * p.columns + c))) : 0);
-            value[i].x += add.x, value[i].y += add.y;
-          }
-        if (p.residual) {
-          uint4 read = make_uint4(0, 0, 0, 0);
-          if (mine && inside[half]) read = __ldg(reinterpret_cast<const uint4 *>(at(p.residual, pixel[half] * p.residual_row + column + 8 * q)));
-          uint32_t words[4] = {read.x, read.y, read.z, read.w};
           transpose(words, q);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float2 add = unpack<kHalf>(words[i]);
-            value[i].x += add.x, value[i].y += add.y;
-          }
+          if (inside[half] && column + part * 32 < p.columns && (owned >> (block * kParts + part) & 1))
+            *reinterpret_cast<uint4 *>(to[half] + part * 64) = make_uint4(words[0], words[1], words[2], words[3]);
         }
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = pack<kHalf>(value[i].x, value[i].y);
-        transpose(words, q);
-        if (mine && inside[half])
-          *reinterpret_cast<uint4 *>(const_cast<char *>(at(p.y, pixel[half] * p.y_row + column + 8 * q))) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
 }
 
+// For tiles that span several (small) samples: adds each row's own sample bias.
+template <int kRows, int kColumns, bool kHalf> __device__ __noinline__ float row_bias(const Problem &p, int box, int row, int column) {
+  int sample = locate_box<kRows / 2>(p, box).sample + (row >> (p.log_w + p.log_h));
+  if (sample >= p.samples || column >= p.columns) return 0;
+  return number<kHalf>(p.sample_bias, static_cast<int64_t>(sample) * p.columns + column);
+}
+
 #endif
 
-// kRows: pixels of a tile, 256 or 128. kTransposed: B is stored as (K, columns), as the weights are for the gradient of
-// the input. Grid: clusters of cm * cn * split blocks; each walks over tiles (one each where K is split).
-template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Problem p) {
+// kTransposed: B is stored as (K, columns), as the weights are for the gradient of the input. Grid: clusters of cm * cn * split
+// blocks; each walks over tiles (one each where K is split).
+template <int kRows, int kColumns, bool kTransposed, bool kHalf> __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Problem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<kRows, kTransposed>;
-  extern __shared__ char memory[];
-  const uint32_t stages = (shared_address(memory) + 1023) & ~1023u;
-  const uint32_t full = stages + L::kStages * (L::kA + L::kB), empty = full + 8 * L::kStages;
+  using L = Layout<kRows, kColumns, kTransposed>;
+  extern __shared__ __align__(1024) char memory[];
+  const uint32_t stages = shared_address(memory), full = stages + L::kFull, empty = stages + L::kEmpty;
   const int blocks = p.cm * p.cn * p.split, rank = blocks > 1 ? cluster_rank() : 0;
   const int rank_n = rank % p.cn, rank_m = rank / p.cn % p.cm, rank_k = rank / (p.cn * p.cm);
   const int cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   if (threadIdx.x == 0) {
+    if (stages & 1023) __trap(); // the swizzle counts from multiples of 1024
     for (int i = 0; i < L::kStages; ++i) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, 2 * (p.cm + p.cn - 1)); // the consumers of every block that the stage's loads come from or go to
@@ -267,40 +281,49 @@ template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_boun
 
   if (threadIdx.x < 128) {
     registers_decrease<40>();
-    if (threadIdx.x == 0) produce<kRows, kTransposed>(p, stages, full, empty, rank_m, rank_n, rank_k, cluster, clusters);
+    if (threadIdx.x == 0) produce<kRows, kColumns, kTransposed>(p, stages, full, empty, rank_m, rank_n, rank_k, cluster, clusters);
     __syncwarp();
     if (p.split > 1) cluster_sync();
   } else {
     registers_increase<232>();
-    constexpr int kHeight = kRows / 128; // blocks of 64 rows
+    constexpr int kHeight = kRows / 128, kUnits = L::kNumbers / 16; // blocks of 64 rows; units of 64 x 32 numbers per warpgroup
     const int thread = threadIdx.x - 128, group = thread >> 7;
+    const uint32_t biases = stages + L::kBiases + group * kColumns * 4;
     // Which thread of the group tells which block that a stage has been read.
     const int to = thread & 127;
     const bool tells = to < blocks && to / (p.cn * p.cm) == rank_k && (to % p.cn == rank_n || to / p.cn % p.cm == rank_m);
-    float acc[kHeight][80];
+    float acc[L::kNumbers];
     int stage = 0;
     uint32_t parity = 0;
     for (int index = cluster; index < p.tiles; index += clusters) {
-      Tile tile = locate(p, index, rank_m, rank_n);
+      const Tile tile = locate(p, index, rank_m, rank_n);
       int steps = p.steps[tile.phase];
       steps = steps * (rank_k + 1) / p.split - steps * rank_k / p.split;
+      float bias[(kColumns + 127) / 128];
+#pragma unroll
+      for (int i = 0; i < (kColumns + 127) / 128; ++i) bias[i] = i * 128 + to < kColumns ? column_bias<kRows, kColumns, kHalf>(p, tile, group, i * 128 + to) : 0;
       if (steps == 0)
 #pragma unroll
-        for (int i = 0; i < kHeight; ++i)
-#pragma unroll
-          for (int j = 0; j < 80; ++j) acc[i][j] = 0;
+        for (int i = 0; i < L::kNumbers; ++i) acc[i] = 0;
       int last = 0;
       for (int step = 0; step < steps; ++step) {
-        uint32_t a = stages + stage * (L::kA + L::kB) + group * (L::kA / 2), b = stages + stage * (L::kA + L::kB) + L::kA;
+        const uint32_t a = stages + stage * (L::kA + L::kB) + group * (L::kA / 2), b = stages + stage * (L::kA + L::kB) + L::kA;
         barrier_wait(full + 8 * stage, parity);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-          uint64_t bd = kTransposed ? descriptor(b + k * 16 * kBlock * 2, kBlock * kDepth * 2, 8 * kBlock * 2, kBlock == 64 ? kSwizzle128 : kSwizzle64)
-                                    : descriptor(b + k * 32, 16, 1024, kSwizzle128);
+          const uint64_t bd = kTransposed ? descriptor(b + k * 16 * kBlock * 2, kBlock * kDepth * 2, 8 * kBlock * 2, kSwizzle128) : descriptor(b + k * 32, 16, 1024, kSwizzle128);
 #pragma unroll
-          for (int i = 0; i < kHeight; ++i)
-            wgmma_160<kHalf, kTransposed>(acc[i], descriptor(a + i * 64 * 128 + k * 32, 16, 1024, kSwizzle128), bd, step | k);
+          for (int i = 0; i < kHeight; ++i) {
+            const uint64_t ad = descriptor(a + i * 64 * 128 + k * 32, 16, 1024, kSwizzle128);
+            float *d = acc + i * (kColumns / 2);
+            if constexpr (kColumns == 320) {
+              Wgmma<192, kHalf, kTransposed>::run(d, ad, bd, step | k);
+              Wgmma<128, kHalf, kTransposed>::run(d + 96, ad, bd + (192 * 128 >> 4), step | k);
+            } else {
+              Wgmma<kColumns, kHalf, kTransposed>::run(d, ad, bd, step | k);
+            }
+          }
         }
         wgmma_commit();
         if (step > 0) {
@@ -312,20 +335,48 @@ template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_boun
       }
       wgmma_wait<0>();
       if (steps > 0 && tells) blocks > 1 ? barrier_arrive_cluster(empty + 8 * last, to) : barrier_arrive(empty + 8 * last);
-      if (p.split > 1) {
-        // Parts of the tile that another block finishes go through shared memory; the stages are free: all loads have been read.
-        named_barrier(1, 256);
+      named_barrier(2 + group, 128);
 #pragma unroll
-        for (int unit = 0; unit < kHeight * (kColumns / 32); ++unit)
-          if ((unit & (p.split - 1)) != rank_k)
+      for (int i = 0; i < (kColumns + 127) / 128; ++i)
+        if (i * 128 + to < kColumns) asm volatile("st.shared.f32 [%0], %1;" ::"r"(biases + (i * 128 + to) * 4), "f"(bias[i]) : "memory");
+      named_barrier(2 + group, 128);
+      uint32_t owned = ~0u; // units that this block finishes
+      if (p.split > 1) {
+        // Units that another block finishes go there through shared memory. The stages are free: all loads have been read.
+        named_barrier(1, 256);
+        owned = 0;
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+          if (unit % p.split == rank_k) owned |= 1u << unit;
+          else
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float *from = &acc[unit / (kColumns / 32)][unit % (kColumns / 32) * 16 + i * 4];
+              const float *from = acc + unit * 16 + i * 4;
               asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(stages + ((unit * 4 + i) * 256 + thread) * 16), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
             }
+        }
         cluster_sync();
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit)
+          if (owned >> unit & 1)
+            for (int other = 0; other < p.split; ++other) {
+              if (other == rank_k) continue;
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                float4 add = load_cluster(stages + ((unit * 4 + i) * 256 + thread) * 16, rank + (other - rank_k) * p.cm * p.cn);
+                float *to = acc + unit * 16 + i * 4;
+                to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+              }
+            }
       }
-      finish<kRows, kHalf>(p, tile, acc, group, thread, stages, rank_k);
+      if (p.sample_bias && p.log_w + p.log_h != kBoxLog<L::kBox>)
+#pragma unroll
+        for (int i = 0; i < L::kNumbers; ++i) {
+          const int block = i / (kColumns / 2), number = i % (kColumns / 2);
+          acc[i] += row_bias<kRows, kColumns, kHalf>(p, 2 * tile.m + group, block * 64 + (to >> 5) * 16 + (number >> 1 & 1) * 8 + ((to & 31) >> 2), tile.n * kColumns + number / 4 * 8 + (to & 3) * 2 + (number & 1));
+        }
+      if (p.residual) finish<kRows, kColumns, kHalf, true>(p, tile, acc, group, thread, biases, owned);
+      else finish<kRows, kColumns, kHalf, false>(p, tile, acc, group, thread, biases, owned);
     }
   }
   if (blocks > 1) cluster_sync(); // no block leaves while another may still write to or read from its shared memory

@@ -23,7 +23,7 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
   const int multiprocessors = hopper_multiprocessors();
   if (!multiprocessors) return -1;
   int box[4];
-  const int rows = cut(p, phases, multiprocessors, box);
+  const Plan plan = cut(p, phases, gradient, multiprocessors, box);
   const int channels = gradient ? s.output_channels : s.input_channels;
   const int height = gradient ? s.out_height : s.height, width = gradient ? s.out_width : s.width, parities = gradient ? 1 : s.stride;
   for (int y = 0; y < parities; ++y)
@@ -31,10 +31,10 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
       const char *base = static_cast<const char *>(source) + 2ll * channels * (static_cast<int64_t>(y) * width + x);
       const int64_t sizes[4] = {channels, (width - x + parities - 1) / parities, (height - y + parities - 1) / parities, s.batch};
       const int64_t strides[3] = {static_cast<int64_t>(channels) * parities, static_cast<int64_t>(channels) * width * parities, static_cast<int64_t>(channels) * width * height};
-      if (!encode(&p.a[y * parities + x], half, 4, base, sizes, strides, box, true)) return -1;
+      if (!encode(&p.a[y * parities + x], half, 4, base, sizes, strides, box)) return -1;
     }
-  if (!encode_weights(&p.b[0], p, half, gradient, weight, s.input_channels, s.kernel * s.kernel, s.output_channels)) return -1;
-  return launch(p, rows, gradient, half, multiprocessors, stream);
+  if (!encode_weights(&p.b[0], plan, half, gradient, weight, s.input_channels, s.kernel * s.kernel, s.output_channels)) return -1;
+  return launch(p, plan, gradient, half, multiprocessors, stream);
 }
 
 bool accepts(Shape &s, int dtype) {
