@@ -1,6 +1,6 @@
-// Linear layers on Hopper: the matrix product of ../hopper_gemm.cuh over an "image" of one row whose pixels are the rows of x. A low-rank update
+// Linear layers on Hopper: the matrix product of ../hopper_gemm.h over an "image" of one row whose pixels are the rows of x. A low-rank update
 // (LoRA) is a second tap: its product lengthens the sum over K, so it costs no pass over y. bf16 and f16, features in multiples of 8.
-#include "../hopper_launch.cuh"
+#include "../hopper_gemm.h"
 
 using namespace hopper_gemm;
 
@@ -31,7 +31,7 @@ int run(const void *a, const void *b, const void *low, const void *c, int rank, 
   int box[4];
   const Plan plan = cut(p, 1, transposed, multiprocessors, box);
   const auto weights = [&](CUtensorMap *map, const void *matrix, int k) {
-    return transposed ? encode_weights(map, plan, half, true, matrix, columns, 1, k) : encode_weights(map, plan, half, false, matrix, k, 1, columns);
+    return transposed ? encode_weights(map, p, plan, half, true, matrix, columns, 1, k) : encode_weights(map, p, plan, half, false, matrix, k, 1, columns);
   };
   if (!encode_rows(&p.a[0], half, box, a, rows, depth, a_row) || !weights(&p.b[0], b, depth)) return -1;
   if (rank && (!encode_rows(&p.a[1], half, box, low, rows, rank, rank) || !weights(&p.b[1], c, rank))) return -1;
