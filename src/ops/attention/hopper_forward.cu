@@ -2,11 +2,14 @@
 //   out[b, i, h] = softmax_j(scale q[b, i, h] . [k; k2][j, h]) [v; v2][j, h],   lse[b, h, i] = log sum_j exp(scale q . k_j)
 // The two sources of keys are read where they lie, one after the other; a tile of keys never straddles them.
 //
-// A thread block is one warp that copies and CONSUMERS warpgroups that compute, 64 queries each; blocks stay and take tiles of
-// queries in turn. At head dimension 64 an exponential costs about as much time as the products it belongs to, so both have to run
-// all the time. A warpgroup therefore holds the scores of two chunks of 64 keys: while it exponentiates those of one, the tensor
-// cores work on the weights of  This goes on from one tile of queries to the
-// next without a pause: the first scores of the next tile are under way when the last of this one are used.
+// A thread block is one thread that copies (TMA, a ring of tiles of keys and values, the queries in double buffer) and CONSUMERS
+// warpgroups that compute, 64 queries each; blocks stay and take tiles of queries in turn. At head dimension 64 the exponentials of
+// a tile take the special-function units as long (512 cycles) as its products take the tensor cores, so both have to run all the
+// time: the warpgroups take turns in issuing products, and while those of one are under way the others are at their exponentials.
+// A warpgroup issues the next scores and the products of the present weights together, and waits for both: to overlap its own
+// exponentials with its own products as well (weights or scores in two halves) was measured slower, as was computing a share of the
+// exponentials by a polynomial on the multiply-add units. The next scores may be those of the next tile of queries, so the
+// tensor cores do not idle between tiles.
 #include "attention.h"
 #include "hopper_ptx.cuh"
 #include "hopper_softmax.cuh"
