@@ -1,9 +1,11 @@
 // Group normalisation, forward: partial moments of chunks of pixels, then their combination and the normalised output.
+// For what resident.cu does not take: devices without clusters, odd numbers of channels, the largest pictures.
 //
 // Two passes over x, of which the second finds it in L2 for the sizes of a U-Net at batch 1. Moments are taken of the
 // differences from the sample's first pixel and combined by mean and sum of squared deviations: large means do not cancel.
 #include "group_norm.h"
 
+#include "resident.h"
 #include "tiles.cuh"
 
 using namespace lcm;
@@ -55,6 +57,7 @@ __global__ void __launch_bounds__(kNormThreads)
       means[channel] = shift + mean;
     });
   }
+  let_next_start();
   int per_group = channels / groups, lane = threadIdx.x % 32;
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     const float *mean_of = means + group * per_group, *squares_of = squares + group * per_group;
@@ -87,7 +90,8 @@ __device__ __forceinline__ float2 combine(const float2 *partial, const NormPlan 
   return make_float2(mean, 1.0f / sqrtf(variance + eps));
 }
 
-// Every block combines the moments of its sample (cheaper than a launch between), then treats its chunk of pixels.
+// Every block combines the moments of its sample (cheaper than a launch between), then treats its chunk of pixels, the
+// last ones first: those are what L2 still holds of a large x.
 template <class T, int V>
 __global__ void __launch_bounds__(kNormThreads)
     normalise(Joined<const T> x, const T *weight, const T *bias, T *y, float *mean, float *rstd, NormPlan plan,
@@ -95,6 +99,7 @@ __global__ void __launch_bounds__(kNormThreads)
   extern __shared__ float shared[];
   float *means = shared, *rstds = means + groups;
   int channels = x.channels1 + x.channels2, per_group = channels / groups;
+  wait_for_previous();
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     int64_t index = static_cast<int64_t>(blockIdx.y) * groups + group;
     float2 moments = combine(partial + index * plan.chunks, plan, pixels, per_group, eps);
@@ -123,14 +128,14 @@ __global__ void __launch_bounds__(kNormThreads)
       scale[i] *= rstds[group];
     }
     int stride;
-    const T *from = x.column(sample + first_pixel, c, stride);
-    T *to = y + (sample + first_pixel) * channels + c;
+    const T *from = x.column(sample + first_pixel + count - 1, c, stride);
+    T *to = y + (sample + first_pixel + count - 1) * channels + c;
     for (int pixel = row; pixel < count; pixel += plan.rows * kNormUnroll) {
       Pack<T, V> packs[kNormUnroll];
 #pragma unroll
       for (int u = 0; u < kNormUnroll; ++u)
         if (pixel + u * plan.rows < count)
-          packs[u] = load_pack<V>(from + static_cast<int64_t>(pixel + u * plan.rows) * stride);
+          packs[u] = load_pack<V>(from - static_cast<int64_t>(pixel + u * plan.rows) * stride);
 #pragma unroll
       for (int u = 0; u < kNormUnroll; ++u)
         if (pixel + u * plan.rows < count) {
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
           for (int i = 0; i < V; ++i) values[i] = (values[i] - centre[i]) * scale[i] + offset[i];
           activate<T>(activation, values);
-          store<V>(to + static_cast<int64_t>(pixel + u * plan.rows) * channels, values);
+          store<V>(to - static_cast<int64_t>(pixel + u * plan.rows) * channels, values);
         }
     }
   }
@@ -153,6 +158,9 @@ extern "C" int lcm_group_norm_forward(const void *x1, const void *x2, const void
                                       cudaStream_t stream) {
   int channels = channels1 + channels2;
   if (!takes(batch, pixels, channels1, channels2, groups, activation)) return -1;
+  GroupNormCall call{x1, x2, weight, bias, batch, pixels, channels1, channels2, groups, activation, dtype};
+  int result = resident_forward(call, y, mean, rstd, eps, stream);
+  if (result != -1) return result;
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 && aligned(x1, x2, weight, bias, y);
   return dispatch(dtype, vectorised, [&](auto kind) {
     using T = typename decltype(kind)::type;
@@ -164,8 +172,8 @@ extern "C" int lcm_group_norm_forward(const void *x1, const void *x2, const void
     size_t shared = sizeof(float) * (2 * channels + V * plan.threads);
     partial_moments<T, V><<<grid, plan.threads, shared, stream>>>(x, plan, pixels, groups, partial);
     if (int error = launched()) return error;
-    normalise<T, V><<<grid, plan.threads, 2 * sizeof(float) * groups, stream>>>(
-        x, (const T *)weight, (const T *)bias, (T *)y, mean, rstd, plan, pixels, groups, eps, activation, partial);
-    return launched();
+    return launch_dependent(normalise<T, V>, grid, plan.threads, 2 * sizeof(float) * groups, stream, x,
+                            (const T *)weight, (const T *)bias, (T *)y, mean, rstd, plan, pixels, groups, eps,
+                            activation, partial);
   });
 }
