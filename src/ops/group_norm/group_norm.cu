@@ -31,6 +31,10 @@ __global__ void __launch_bounds__(kNormThreads)
       const T *from = start + first_pixel * stride;
       float shift[V];
       load<V>(start, shift);
+      if (row == 0) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) squares[c + i] = shift[i]; // until the sums are there
+      }
       for (int pixel = row; pixel < count; pixel += plan.rows * kNormUnroll) {
         Pack<T, V> packs[kNormUnroll];
 #pragma unroll
@@ -51,10 +55,9 @@ __global__ void __launch_bounds__(kNormThreads)
     }
     sum_rows(first, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) { means[channel] = sum; });
     sum_rows(second, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) {
-      int stride;
-      float shift = static_cast<float>(*x.column(sample, channel, stride)), mean = means[channel] / count;
-      squares[channel] = fmaxf(sum - means[channel] * mean, 0.0f);
-      means[channel] = shift + mean;
+      float off = means[channel] / count, origin = squares[channel];
+      squares[channel] = fmaxf(sum - means[channel] * off, 0.0f);
+      means[channel] = origin + off;
     });
   }
   let_next_start();

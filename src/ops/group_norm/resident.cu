@@ -120,7 +120,7 @@ __device__ __forceinline__ void for_batches(F f) {
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(threads_for(1))
+__global__ void __launch_bounds__(threads_for(1), 2)
     forward(Joined<const T> x, const T *weight, const T *bias, T *y, float *mean, float *rstd, ResidentPlan plan,
             int64_t pixels, int groups, float eps, int activation) {
   extern __shared__ __align__(16) char memory[];
@@ -142,6 +142,11 @@ __global__ void __launch_bounds__(threads_for(1))
   // Moments of the differences from the sample's first pixel, per channel: large means do not cancel.
   float shift[V], first[V] = {}, second[V] = {};
   load<V>(x.column(place.sample * pixels, c, stride), shift);
+  Pack<T, V> weights = load_pack<V>(weight + c), biases = load_pack<V>(bias + c); // asked for early, needed late
+  if (place.row == 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) squares[place.column * V + i] = shift[i]; // until the sums are there
+  }
   for_batches([&](int batch) {
     Stretch stretch(place, plan, batch);
 #pragma unroll 2
@@ -159,9 +164,7 @@ __global__ void __launch_bounds__(threads_for(1))
   float count = place.count > 0 ? static_cast<float>(place.count) : 1.0f;
   sum_rows(first, scratch, plan.rows, plan.columns, 0, plan.width, [&](int channel, float sum) { means[channel] = sum; });
   sum_rows(second, scratch, plan.rows, plan.columns, 0, plan.width, [&](int channel, float sum) {
-    int ignored;
-    float origin = static_cast<float>(*x.column(place.sample * pixels, place.first_channel + channel, ignored));
-    float off = means[channel] / count;
+    float off = means[channel] / count, origin = squares[channel];
     squares[channel] = fmaxf(sum - means[channel] * off, 0.0f);
     means[channel] = origin + off;
   });
@@ -204,8 +207,8 @@ __global__ void __launch_bounds__(threads_for(1))
   cluster_arrive(); // this block reads its peers no more
   __syncthreads();
   float centre[V], scale[V], offset[V];
-  load<V>(weight + c, scale);
-  load<V>(bias + c, offset);
+  to_floats<V>(weights, scale);
+  to_floats<V>(biases, offset);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     float2 moments = whole[(place.column * V + i) / per_group];
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(threads_for(1))
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(threads_for(2))
+__global__ void __launch_bounds__(threads_for(2), 2)
     backward(Joined<const T> x, const T *dy, const T *weight, const T *bias, const float *mean, const float *rstd,
              Joined<T> dx, ResidentPlan plan, int64_t pixels, int groups, int activation, float *by_channel) {
   extern __shared__ __align__(16) char memory[];
