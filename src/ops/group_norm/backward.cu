@@ -4,7 +4,6 @@
 // g is recomputed from x in both passes rather than stored: the kernels are bound by memory, not by arithmetic.
 #include "../columns.cuh"
 #include "group_norm.h"
-#include "resident.h"
 #include "tiles.cuh"
 
 using namespace lcm;
@@ -20,10 +19,12 @@ struct Channels {
   __device__ __forceinline__ Channels(const T *weights, const T *biases, const float *means, const float *rstds, int c,
                                       int per_group)
       : weight(load_pack<V>(weights + c)), bias(load_pack<V>(biases + c)) {
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      mean[i] = means[(c + i) / per_group];
-      rstd[i] = rstds[(c + i) / per_group];
+      mean[i] = means[group[i]];
+      rstd[i] = rstds[group[i]];
     }
   }
 
@@ -145,10 +146,12 @@ __global__ void __launch_bounds__(kNormThreads)
   for (int c = column * V; c < channels; c += plan.columns * V) {
     Channels<T, V> known(weight, bias, mean, rstd, c, per_group);
     float plain_of[V], along_of[V];
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      plain_of[i] = plain[(c + i) / per_group];
-      along_of[i] = along[(c + i) / per_group];
+      plain_of[i] = plain[group[i]];
+      along_of[i] = along[group[i]];
     }
     int stride, to_stride;
     const T *from = x.column(last, c, stride);
@@ -191,8 +194,7 @@ extern "C" size_t lcm_group_norm_workspace(int64_t batch, int64_t pixels, int ch
   for (int vector : {1, 4, 8}) {
     if (channels % vector != 0) continue;
     NormPlan plan(batch, pixels, channels, vector);
-    int64_t parts = batch * plan.chunks > resident_parts(batch) ? batch * plan.chunks : resident_parts(batch);
-    size_t bytes = group_bytes(batch, plan, groups) + sizeof(float) * parts * 2 * channels;
+    size_t bytes = group_bytes(batch, plan, groups) + sizeof(float) * batch * plan.chunks * 2 * channels;
     if (bytes > most) most = bytes;
   }
   return most;
@@ -205,14 +207,7 @@ extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const voi
                                        cudaStream_t stream) {
   int channels = channels1 + channels2;
   if (!takes(batch, pixels, channels1, channels2, groups, activation) || (dx1 && channels2 > 0 && !dx2)) return -1;
-  GroupNormCall call{x1, x2, weight, bias, batch, pixels, channels1, channels2, groups, activation, dtype};
   bool sums_wanted = dweight || dbias;
-  int parts = 0;
-  auto *sums = sums_wanted ? static_cast<float *>(workspace) : nullptr;
-  int result = resident_backward(call, mean, rstd, dy, dx1, dx2, sums, &parts, stream);
-  if (result == 0 && sums_wanted)
-    return launch_finish_columns(sums, 1, parts, 2 * channels, channels, dweight, dbias, stream);
-  if (result != -1) return result;
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 &&
                     aligned(x1, x2, weight, bias, dy, dx1, dx2);
   return dispatch(dtype, vectorised, [&](auto kind) {

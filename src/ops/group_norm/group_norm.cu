@@ -1,11 +1,9 @@
 // Group normalisation, forward: partial moments of chunks of pixels, then their combination and the normalised output.
-// For what resident.cu does not take: devices without clusters, odd numbers of channels, the largest pictures.
 //
 // Two passes over x, of which the second finds it in L2 for the sizes of a U-Net at batch 1. Moments are taken of the
 // differences from the sample's first pixel and combined by mean and sum of squared deviations: large means do not cancel.
 #include "group_norm.h"
 
-#include "resident.h"
 #include "tiles.cuh"
 
 using namespace lcm;
@@ -124,11 +122,12 @@ __global__ void __launch_bounds__(kNormThreads)
     float centre[V], scale[V], offset[V];
     load<V>(weight + c, scale);
     load<V>(bias + c, offset);
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      int group = (c + i) / per_group;
-      centre[i] = means[group];
-      scale[i] *= rstds[group];
+      centre[i] = means[group[i]];
+      scale[i] *= rstds[group[i]];
     }
     int stride;
     const T *from = x.column(sample + first_pixel + count - 1, c, stride);
@@ -161,9 +160,6 @@ extern "C" int lcm_group_norm_forward(const void *x1, const void *x2, const void
                                       cudaStream_t stream) {
   int channels = channels1 + channels2;
   if (!takes(batch, pixels, channels1, channels2, groups, activation)) return -1;
-  GroupNormCall call{x1, x2, weight, bias, batch, pixels, channels1, channels2, groups, activation, dtype};
-  int result = resident_forward(call, y, mean, rstd, eps, stream);
-  if (result != -1) return result;
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 && aligned(x1, x2, weight, bias, y);
   return dispatch(dtype, vectorised, [&](auto kind) {
     using T = typename decltype(kind)::type;

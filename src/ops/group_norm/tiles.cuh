@@ -59,6 +59,21 @@ struct Joined {
   }
 };
 
+// The groups of V channels from c on, by one division.
+template <int V>
+__device__ __forceinline__ void groups_of(int c, int per_group, int (&groups)[V]) {
+  int group = c / per_group, left = (group + 1) * per_group - c; // left: channels of this group from here on
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (left == 0) {
+      ++group;
+      left = per_group;
+    }
+    groups[i] = group;
+    --left;
+  }
+}
+
 // The sums over a block's rows of what threads hold for V channels each: calls finish(channel, sum). `scratch`: V floats
 // a thread. Channels start at `base`; thread (row, column) holds those of pack `column`. As many threads as there are
 // share a sum, in a fixed order.
