@@ -42,7 +42,8 @@ inline size_t column_workspace(int64_t batch, int64_t rows, int channels, int qu
   return most;
 }
 
-// partial[batch][chunk][quantity][channel] = sum over the rows of the chunk of what `f(row, channel, sums)` adds to sums.
+// partial[batch][chunk][quantity][channel] = sum over the rows of the chunk of what `f(row, channel, sums)` adds to
+// sums.
 // Rows count through all matrices of the batch. Grid: (slabs, chunks, batch).
 template <int V, int Q, class F>
 __global__ void __launch_bounds__(kColumnThreads)

@@ -1,5 +1,6 @@
 // Launch of the second kernel of a pair while the first still runs, on devices that can (Hopper: programmatic dependent
-// launch): its blocks come up, and read what the first does not write, during the first one's tail. Capturable in graphs.
+// launch): its blocks come up, and read what the first does not write, during the first one's tail. Capturable in
+// graphs.
 //
 // The first kernel calls `let_next_start` where only its tail is left, the second `wait_for_previous` before it reads
 // what the first wrote: that returns when the first has ended and its writes are seen.

@@ -29,10 +29,6 @@ __global__ void __launch_bounds__(kNormThreads)
       const T *from = start + first_pixel * stride;
       float shift[V];
       load<V>(start, shift);
-      if (row == 0) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) squares[c + i] = shift[i]; // until the sums are there
-      }
       for (int pixel = row; pixel < count; pixel += plan.rows * kNormUnroll) {
         Pack<T, V> packs[kNormUnroll];
 #pragma unroll
@@ -49,6 +45,10 @@ __global__ void __launch_bounds__(kNormThreads)
               second[i] += difference * difference;
             }
           }
+      }
+      if (row == 0) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) squares[c + i] = shift[i]; // until the sums are there
       }
     }
     sum_rows(first, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) { means[channel] = sum; });

@@ -1,4 +1,5 @@
-// Layer normalisation: a row is held in registers by one warp or a few, so memory is read once and the variance is taken
+// Layer normalisation: a row is held in registers by one warp or a few, so memory is read once and the variance is
+// taken
 // in a second pass over registers, where a large mean cannot cancel.
 #include "layer_norm.h"
 

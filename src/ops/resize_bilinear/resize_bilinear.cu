@@ -1,4 +1,5 @@
-// Bilinear resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second gathers,
+// Bilinear resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second
+// gathers,
 // both axes at once: pictures are few and small beside a network's activations. The gradient gathers too (which output
 // pixels an input pixel contributes to is an interval), so it needs no atomics and no order is left to chance.
 #include "resize_bilinear.h"
@@ -9,7 +10,8 @@ using namespace lcm;
 
 namespace {
 
-// The filter of one axis: output pixel o mixes `count[o]` input pixels from `first[o]` on, by weights[o * most ...]; input
+// The filter of one axis: output pixel o mixes `count[o]` input pixels from `first[o]` on, by weights[o * most ...];
+// input
 // pixel i is mixed into the output pixels from `begin[i]` to before `end[i]`.
 struct Taps {
   int from, to, most;
