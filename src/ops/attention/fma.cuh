@@ -104,6 +104,9 @@ template <int R_, int C_> struct Fma {
     }
   }
 
+  // exp(x) for x <= 0, to about 2e-7 of 1: exact enough near 0, where the weights are that count.
+  static __device__ __forceinline__ float exponential(float x) { return mma::exp2_fast(x * mma::LOG2_E); }
+
 private:
   template <int N> static __device__ void read(float *to, const float *from) {
     if constexpr (N == 4) {

@@ -59,7 +59,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
     for (int k = 0; k < R; k++)
 #pragma unroll
       for (int j = 0; j < R; j++) {
-        weights[k][j] = expf(fmaf(weights[k][j], a.scale, -lse[j]));
+        weights[k][j] = F::exponential(fmaf(weights[k][j], a.scale, -lse[j]));
         if (causal && to.keys.first + F::row(k) > first + threadIdx.x + SIDE * j) weights[k][j] = 0.f;
         slopes[k][j] = weights[k][j] * (slopes[k][j] - dot[j]);
       }
@@ -125,7 +125,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 4 ? 
       for (int j = 0; j < R; j++) {
         const int key = s.first + threadIdx.x + SIDE * j;
         const bool visible = key < s.rows && !(a.causal && s.own && key > first_query + F::row(i));
-        slopes[i][j] = visible ? expf(fmaf(weights[i][j], a.scale, -lse[i])) * (slopes[i][j] - dot[i]) : 0.f;
+        slopes[i][j] = visible ? F::exponential(fmaf(weights[i][j], a.scale, -lse[i])) * (slopes[i][j] - dot[i]) : 0.f;
       }
     F::add_weighted(dq, slopes, keys + at, scratch);
     __syncthreads();

@@ -53,11 +53,11 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
 #pragma unroll
       for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, lanes));
       highest = fmaxf(shift[i], highest * a.scale);
-      const float base = highest == -INFINITY ? 0.f : highest, shrink = expf(shift[i] - base);
+      const float base = highest == -INFINITY ? 0.f : highest, shrink = F::exponential(shift[i] - base);
       shift[i] = highest;
       sum[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = expf(fmaf(weights[i][j], a.scale, -base));
+      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = F::exponential(fmaf(weights[i][j], a.scale, -base));
 #pragma unroll
       for (int c = 0; c < C; c++) out[i][c] *= shrink;
     }
