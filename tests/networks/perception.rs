@@ -43,6 +43,24 @@ fn lpips_has_the_published_tensors() -> Result<()> {
 }
 
 #[test]
+fn yunet_has_the_published_tensors() -> Result<()> {
+    let weights = Weights::shapes_only();
+    YuNet::load(&yunet::Config::yunet(), &weights)?;
+    let shapes = weights.shapes();
+    assert_eq!(shapes.len(), 106);
+    for (name, shape) in [
+        ("429", vec![32, 1, 3, 3]),
+        ("backbone.model2.conv2.conv1.weight", vec![64, 32, 1, 1]),
+        ("neck.lateral_convs.2.conv1.bias", vec![64]),
+        ("462", vec![64, 1, 3, 3]),
+        ("bbox_head.multi_level_kps.0.conv2.weight", vec![10, 1, 3, 3]),
+    ] {
+        assert_eq!(shapes.get(name), Some(&shape), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
 fn yunet_says_what_its_graph_says() -> Result<()> {
     let case = Case::load("perception", "yunet")?;
     let config = yunet::Config { widths: [3, 4, 5, 6, 6, 6], ..yunet::Config::yunet() };
