@@ -190,7 +190,7 @@ impl ClipVision {
     }
 
     /// The same as the original rounds it, byte for byte
-    /// ([`clip_pixel_values`](super::clip_image_processor::clip_pixel_values)); what IP-Adapter and the paper's authors
+    /// ([`clip_pixel_values`]); what IP-Adapter and the paper's authors
     /// feed the encoder. No gradient passes.
     ///
     /// # Errors
