@@ -9,7 +9,7 @@ use lcm_lookahead::models::sdxl_text::SdxlText;
 use lcm_lookahead::models::tokenizer::PromptTokenizer;
 use lcm_lookahead::ops::Activation;
 
-use crate::F64;
+use crate::KINDS;
 use crate::support::{Case, fixture};
 
 fn prompts() -> Result<Vec<String>> {
@@ -108,11 +108,14 @@ fn images_fit_texts_as_in_transformers() -> Result<()> {
         hidden_act: Activation::QuickGelu,
         projection_dim: 5,
     };
-    let model = ClipAlignment::load(&text, &vision, PromptTokenizer::mini()?, &case.weights())?;
-    let pixels = Var::from_tensor(case.get("pixels")?)?;
-    let texts = model.embed_ids(&case.get("ids")?.to_dtype(DType::U32)?)?;
-    let logits: Tensor = model.logits(&model.embed_pixel_values(&pixels)?, &texts)?;
-    case.assert_within(F64, "logits", &logits)?;
-    let gradients = logits.get(0)?.get(1)?.backward()?;
-    case.assert_within(F64, "gradient", gradients.get(&pixels).context("no gradient")?)
+    for (dtype, limit) in KINDS {
+        let model = ClipAlignment::load(&text, &vision, PromptTokenizer::mini()?, &case.weights_as(dtype)?)?;
+        let pixels = Var::from_tensor(&case.get_as("pixels", dtype)?)?;
+        let texts = model.embed_ids(&case.get("ids")?.to_dtype(DType::U32)?)?;
+        let logits: Tensor = model.logits(&model.embed_pixel_values(&pixels)?, &texts)?;
+        case.assert_within(limit, "logits", &logits)?;
+        let gradients = logits.get(0)?.get(1)?.backward()?;
+        case.assert_within(limit, "gradient", gradients.get(&pixels).context("no gradient")?)?;
+    }
+    Ok(())
 }
