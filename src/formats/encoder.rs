@@ -14,10 +14,10 @@ use candle_core::{Device, Tensor};
 use super::lora::{Layout, LoraFile};
 use super::tensor_file::{TensorFile, format_error};
 use super::{ip_adapter, official};
+use crate::Result;
 use crate::lookahead::{FaceEncoder, FaceEncoderConfig, KvEncoderConfig};
 use crate::models::unet::{self, UNet};
 use crate::nn::{LoraTensors, Weights};
-use crate::Result;
 
 const ADAPTER: &str = "ip_adapter.safetensors";
 /// The two LoRA sets, as folders and as beginnings of names.

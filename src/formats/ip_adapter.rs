@@ -132,8 +132,9 @@ pub(crate) fn is_pytorch(path: &Path) -> bool {
 
 /// A tensor in memory as an entry of a PyTorch file, stored under its name.
 pub(super) fn node(name: &str, tensor: &Tensor) -> Result<Node> {
-    let dtype = StoredDtype::of(tensor.dtype())
-        .ok_or_else(|| Error::argument("write", "tensors", "a type that files can store", format!("{:?}", tensor.dtype())))?;
+    let dtype = StoredDtype::of(tensor.dtype()).ok_or_else(|| {
+        Error::argument("write", "tensors", "a type that files can store", format!("{:?}", tensor.dtype()))
+    })?;
     Ok(Node::Tensor(TensorInfo { shape: tensor.dims().to_vec(), dtype }, name.to_string()))
 }
 

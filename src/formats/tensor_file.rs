@@ -178,10 +178,9 @@ impl Part {
             _ if extension.eq_ignore_ascii_case("onnx") => onnx::contents(path, bytes),
             [_, _, _, _, _, _, _, _, b'{', ..] => safetensors::contents(path, bytes),
             _ if extension.eq_ignore_ascii_case("safetensors") => safetensors::contents(path, bytes),
-            [b'v', b'e', b'r', b's', b'i', b'o', b'n', b' ', ..] if bytes.len() < 1024 => Err(format_error(
-                path,
-                "a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`",
-            )),
+            [b'v', b'e', b'r', b's', b'i', b'o', b'n', b' ', ..] if bytes.len() < 1024 => {
+                Err(format_error(path, "a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`"))
+            }
             _ => Err(format_error(path, "neither a safetensors file, nor a PyTorch zip file, nor (by its name) ONNX")),
         }
     }
@@ -255,7 +254,7 @@ impl TensorFile {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let text = read_text(index, 64 << 20)?;
+        let text = read_text(index, 16 << 20)?;
         let Index { weight_map } = serde_json::from_str(&text)
             .map_err(|error| format_error(index, format!("not the index of a sharded checkpoint: {error}")))?;
         let folder = index.parent().unwrap_or(Path::new(""));

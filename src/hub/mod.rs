@@ -92,7 +92,8 @@ impl Hub {
         if !endpoint.starts_with("https://") && !endpoint.starts_with("http://") {
             return Err(fault("HF_ENDPOINT", &format!("expected an address with https://, found `{endpoint}`")));
         }
-        let on = |name| variable(name).is_some_and(|value| ["1", "on", "yes", "true"].contains(&&*value.to_lowercase()));
+        let on =
+            |name| variable(name).is_some_and(|value| ["1", "on", "yes", "true"].contains(&&*value.to_lowercase()));
         let token_file = variable("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home?.join("token")));
         let saved = || std::fs::read_to_string(token_file?).ok();
         let token = variable("HF_TOKEN").or_else(saved).map(|token| token.trim().to_string());

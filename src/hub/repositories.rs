@@ -51,10 +51,7 @@ pub const REPOSITORIES: &[Repository] = &[
         id: "stabilityai/sdxl-turbo",
         purpose: "one-step pictures, from which consistent training data is generated",
         licence: "sai-nc-community",
-        files: &[
-            file("unet/config.json", 2_000),
-            file("unet/diffusion_pytorch_model.fp16.safetensors", 5_135_000_000),
-        ],
+        files: &[file("unet/config.json", 2_000), file("unet/diffusion_pytorch_model.fp16.safetensors", 5_135_000_000)],
     },
     Repository {
         id: "madebyollin/sdxl-vae-fp16-fix",

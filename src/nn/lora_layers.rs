@@ -48,11 +48,11 @@ impl LoraTensors {
             [rows, columns, 1, 1] => vec![*rows, *columns],
             other => other.to_vec(),
         };
-        let fitted = |part: &str, tensor: &Tensor, shape: Vec<usize>| {
-            match rank > 0 && squeezed(tensor.dims()) == squeezed(&shape) {
-                true => Ok(tensor.reshape(shape)?),
-                false => Err(fault(part, &shape, tensor)),
-            }
+        let fitted = |part: &str, tensor: &Tensor, shape: Vec<usize>| match rank > 0
+            && squeezed(tensor.dims()) == squeezed(&shape)
+        {
+            true => Ok(tensor.reshape(shape)?),
+            false => Err(fault(part, &shape, tensor)),
         };
         Ok(LoraTensors { down: fitted("down", &self.down, down)?, up: fitted("up", &self.up, up)?, alpha: self.alpha })
     }

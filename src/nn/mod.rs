@@ -7,7 +7,7 @@ mod parameters;
 mod weights;
 
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
-pub use lora_layers::LoraTensors;
 pub use lora::{LoraLayer, LoraSet, Loras};
+pub use lora_layers::LoraTensors;
 pub use parameters::Parameters;
 pub use weights::{Init, Weights};

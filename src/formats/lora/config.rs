@@ -42,8 +42,10 @@ impl Alphas {
             None => return Ok(Alphas { config: None }),
         };
         // Of a pipeline's notes, those of the U-Net.
-        let of_unet: serde_json::Map<String, serde_json::Value> =
-            config.iter().filter_map(|(key, value)| Some((key.strip_prefix("unet.")?.to_string(), value.clone()))).collect();
+        let of_unet: serde_json::Map<String, serde_json::Value> = config
+            .iter()
+            .filter_map(|(key, value)| Some((key.strip_prefix("unet.")?.to_string(), value.clone())))
+            .collect();
         if !of_unet.is_empty() {
             config = of_unet;
         }

@@ -32,12 +32,8 @@ use paths::Paths;
 pub use save::Layout;
 
 /// What a folder's LoRA file is called, by peft and by diffusers.
-const IN_FOLDERS: [&str; 4] = [
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.bin",
-];
+const IN_FOLDERS: [&str; 4] =
+    ["adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin"];
 /// How many names an error shows.
 const SHOWN: usize = 5;
 
@@ -68,12 +64,7 @@ impl LoraFile {
         Self::read(&file, &shapes, &paths, &alphas)
     }
 
-    fn read(
-        file: &TensorFile,
-        shapes: &BTreeMap<String, Vec<usize>>,
-        paths: &Paths,
-        alphas: &Alphas,
-    ) -> Result<Self> {
+    fn read(file: &TensorFile, shapes: &BTreeMap<String, Vec<usize>>, paths: &Paths, alphas: &Alphas) -> Result<Self> {
         let mut halves: BTreeMap<&str, [Option<&str>; 3]> = BTreeMap::new();
         let (mut unknown, mut text_encoders) = (Vec::new(), std::collections::BTreeSet::new());
         for name in file.names() {
@@ -124,7 +115,8 @@ impl LoraFile {
             for name in [down, up] {
                 let count = file.info(name).and_then(|info| info.elements()).unwrap_or(usize::MAX);
                 if rank == 0 || count > largest.saturating_mul(rank) {
-                    let found = format!("shape {:?}", file.info(name).map(|info| info.shape.clone()).unwrap_or_default());
+                    let found =
+                        format!("shape {:?}", file.info(name).map(|info| info.shape.clone()).unwrap_or_default());
                     return Err(file.fault(name, format!("a LoRA of a layer of shape {base:?}"), found));
                 }
             }
@@ -132,8 +124,7 @@ impl LoraFile {
                 Some(name) => scalar(file, name)?,
                 None => alphas.alpha(layer, rank),
             };
-            let tensors =
-                LoraTensors { down: file.load(down, &Device::Cpu)?, up: file.load(up, &Device::Cpu)?, alpha };
+            let tensors = LoraTensors { down: file.load(down, &Device::Cpu)?, up: file.load(up, &Device::Cpu)?, alpha };
             layers.insert(layer.to_string(), tensors.fit(&path.display().to_string(), layer, base)?);
         }
         Ok(LoraFile { path: path.to_path_buf(), layers, text_encoder_layers: text_encoders.len() })

@@ -4,8 +4,20 @@ use super::*;
 
 /// The layers that the published LCM-LoRA for SDXL adapts: diffusers' training script names them by these endings.
 const LCM_TARGETS: [&str; 14] = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
 ];
 
 fn sdxl() -> Result<(unet::Config, BTreeMap<String, Vec<usize>>)> {
@@ -26,7 +38,8 @@ fn the_788_modules_of_lcm_lora_sdxl_each_find_their_layer() -> Result<()> {
     assert_eq!(targets.len(), 788);
     for path in targets {
         for name in [path.replace('.', "_"), stability_name(&config, path)] {
-            for (ending, part) in [("lora_down.weight", Part::Down), ("lora_up.weight", Part::Up), ("alpha", Part::Alpha)]
+            for (ending, part) in
+                [("lora_down.weight", Part::Down), ("lora_up.weight", Part::Up), ("alpha", Part::Alpha)]
             {
                 let key = keys::parse(&format!("lora_unet_{name}.{ending}")).unwrap();
                 assert_eq!((key.component, key.part), (Component::UNet, part));
@@ -44,12 +57,13 @@ fn stability_name(config: &unet::Config, path: &str) -> String {
 #[test]
 fn no_two_layers_of_sdxl_share_a_name() -> Result<()> {
     let (config, shapes) = sdxl()?;
-    let layers: Vec<&str> =
-        shapes.iter().filter(|(_, shape)| shape.len() >= 2).filter_map(|(name, _)| name.strip_suffix(".weight")).collect();
-    let names: std::collections::BTreeSet<String> = layers
+    let layers: Vec<&str> = shapes
         .iter()
-        .flat_map(|path| [path.replace('.', "_"), stability_name(&config, path)])
+        .filter(|(_, shape)| shape.len() >= 2)
+        .filter_map(|(name, _)| name.strip_suffix(".weight"))
         .collect();
+    let names: std::collections::BTreeSet<String> =
+        layers.iter().flat_map(|path| [path.replace('.', "_"), stability_name(&config, path)]).collect();
     // No layer goes by the same name in both: even conv_in and conv_out differ.
     assert_eq!(names.len(), 2 * layers.len());
     Ok(())

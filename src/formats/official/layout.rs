@@ -46,7 +46,8 @@ impl Layout {
         let own = weights.shapes();
         let base = UNet::shapes(unet.config())?;
         let mut tensors = BTreeMap::new();
-        let mut put = |name: String, shape: &[usize], origin| tensors.insert(name, Place { shape: shape.to_vec(), origin });
+        let mut put =
+            |name: String, shape: &[usize], origin| tensors.insert(name, Place { shape: shape.to_vec(), origin });
         for (name, shape) in &base {
             put(format!("{ENCODER}{name}"), shape, Origin::Base(name.clone()));
         }

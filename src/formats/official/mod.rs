@@ -140,7 +140,10 @@ pub struct Sources<'a> {
 pub fn write(path: impl AsRef<Path>, sources: &Sources<'_>) -> Result<()> {
     let path = path.as_ref();
     if !is_pytorch(path) {
-        return Err(format_error(path, "the official layout is a PyTorch file: expected a name that ends in .bin or .pt"));
+        return Err(format_error(
+            path,
+            "the official layout is a PyTorch file: expected a name that ends in .bin or .pt",
+        ));
     }
     let config_error = |field: &str, reason: &str| Error::Config {
         source_name: "official layout".into(),

@@ -32,9 +32,7 @@ fn what_is_new_in_it_has_430_833_920_parameters_of_3_120_135_940_in_the_encoder(
         chosen.map(|(_, place)| place.shape.iter().product::<usize>()).sum()
     };
     assert_eq!(parameters(&|_, origin| matches!(origin, Origin::New(_))), 430_833_920);
-    let unique = |name: &str, origin: &Origin| {
-        name.starts_with(layout::ENCODER) && !matches!(origin, Origin::Alias(_))
-    };
+    let unique = |name: &str, origin: &Origin| name.starts_with(layout::ENCODER) && !matches!(origin, Origin::Alias(_));
     assert_eq!(parameters(&unique), 3_120_135_940);
     Ok(())
 }

@@ -21,8 +21,8 @@ use zip::Archive;
 
 pub use writer::{Node, write};
 
-/// A description of tensors should not be longer than this: SDXL's takes a few hundred KB.
-const MOST_PICKLE: usize = 256 << 20;
+/// A description of tensors should not be longer than this: the released checkpoint's takes a MB.
+const MOST_PICKLE: usize = 64 << 20;
 
 pub(super) fn contents(path: &Path, bytes: &[u8]) -> Result<Contents> {
     let wrong = |reason: String| format_error(path, reason);

@@ -5,6 +5,10 @@
 
 use std::collections::HashMap;
 
+/// How many values a pickle may have, and how many may lie on its stack. A tensor takes some 25; the released checkpoint
+/// has a hundred thousand.
+const MOST_VALUES: usize = 1 << 22;
+
 /// The place of a value in the table.
 pub(super) type Id = usize;
 
@@ -204,6 +208,9 @@ impl<'a> Reader<'a> {
     /// One instruction. `Some(Some(id))` at the end of the program, `None` at the end of the bytes.
     fn step(&mut self) -> Result<Option<Option<Id>>, String> {
         let Some(instruction) = self.bytes.get(self.at).copied() else { return Ok(None) };
+        if self.table.len().max(self.stack.len()).max(self.marks.len()) > MOST_VALUES {
+            return Err(format!("more than {MOST_VALUES} values"));
+        }
         self.at += 1;
         match instruction {
             0x80 => {
@@ -337,7 +344,9 @@ impl<'a> Reader<'a> {
                     return Err("the state of an object that is no dictionary".into());
                 }
             }
-            other => return Err(format!("instruction {other:#04x} at byte {}, which tensors do not take", self.at - 1)),
+            other => {
+                return Err(format!("instruction {other:#04x} at byte {}, which tensors do not take", self.at - 1));
+            }
         }
         Ok(Some(None))
     }

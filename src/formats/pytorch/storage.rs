@@ -79,7 +79,8 @@ pub(super) fn is_contiguous(shape: &[usize], strides: &[usize]) -> bool {
 
 /// How far behind the first number the last one lies; `None` where that is absurd.
 pub(super) fn reach(shape: &[usize], strides: &[usize]) -> Option<usize> {
-    shape.iter().zip(strides).try_fold(0usize, |reach, (length, stride)| {
-        reach.checked_add(length.saturating_sub(1).checked_mul(*stride)?)
-    })
+    shape
+        .iter()
+        .zip(strides)
+        .try_fold(0usize, |reach, (length, stride)| reach.checked_add(length.saturating_sub(1).checked_mul(*stride)?))
 }
