@@ -1,12 +1,16 @@
 """Loads in Python what the crate writes: with peft, with diffusers, and with a strict comparison of every name.
 
 Run with: pip install -r tests/fixtures/requirements.txt
-          python .ci/python_loads_what_we_save.py target/release/examples/convert
+          python .ci/python_loads_what_we_save.py target/release/examples
 """
 
+import hashlib
+import http.server
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -24,12 +28,12 @@ sys.path.insert(0, str(FIXTURES))
 from formats import Sinusoids  # noqa: E402
 from official_layout import OfficialModule, Resampler  # noqa: E402
 
-CONVERT = sys.argv[1]
+PROGRAMS = Path(sys.argv[1])
 GIVEN = load_file(FORMATS / "outputs.safetensors")
 
 
 def convert(source, target, form, *more):
-    command = [CONVERT, str(source), str(target), "--to", form, *map(str, more)]
+    command = [PROGRAMS / "convert", str(source), str(target), "--to", form, *map(str, more)]
     subprocess.run(command, check=True)
     return target
 
@@ -152,8 +156,60 @@ def tensors(out):
     same(".safetensors to .bin", torch.load(path, weights_only=True), expected)
 
 
+class HubPaths(http.server.BaseHTTPRequestHandler):
+    """One file, at the path and with the headers of the hub."""
+
+    content = bytes(range(256)) * 100
+
+    def do_HEAD(self, send=False):
+        known = self.path == "/owner/model/resolve/main/folder/model.bin"
+        self.send_response(200 if known else 404)
+        if known:
+            self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+            self.send_header("X-Linked-Size", str(len(self.content)))
+            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(self.content) if known else 0))
+        self.end_headers()
+        if send and known:
+            self.wfile.write(self.content)
+
+    def do_GET(self):
+        self.do_HEAD(send=True)
+
+    def log_message(self, *_):
+        pass
+
+
+def cache(out):
+    """What the crate downloads, huggingface_hub finds without a network, and the reverse."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubPaths)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    python = """
+import sys
+from huggingface_hub import hf_hub_download
+print(hf_hub_download("owner/model", "folder/model.bin", local_files_only=sys.argv[1] == "offline"))
+"""
+    ours = [PROGRAMS / "weights", "owner/model", "folder/model.bin"]
+
+    def get(command, home, **more):
+        # huggingface_hub reads the variables when it is imported, so it runs in a process of its own.
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        variables |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"} | more
+        return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout.strip()
+
+    first = get(ours, out / "ours")
+    assert get([sys.executable, "-c", python, "offline"], out / "ours") == first
+    second = get([sys.executable, "-c", python, "online"], out / "theirs")
+    assert get(ours, out / "theirs", HF_HUB_OFFLINE="1") == second
+    assert Path(first).read_bytes() == Path(second).read_bytes() == HubPaths.content
+    server.shutdown()
+    print("cache: shared in both directions")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for part in (tensors, lora, adapter, official):
+        for part in (cache, tensors, lora, adapter, official):
             part(Path(folder))
     print("Python loads all that was saved")
