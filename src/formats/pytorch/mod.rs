@@ -35,10 +35,10 @@ pub(super) fn contents(path: &Path, bytes: &[u8]) -> Result<Contents> {
         let name = format!("{root}{name}");
         archive.member(&name).map_err(|reason| wrong(format!("member `{name}`: {reason}")))
     };
-    if let Ok(order) = member("byteorder") {
-        if bytes.get(order) != Some(b"little") {
-            return Err(wrong("saved on a big-endian machine, which is not supported".into()));
-        }
+    if let Ok(order) = member("byteorder")
+        && bytes.get(order) != Some(b"little")
+    {
+        return Err(wrong("saved on a big-endian machine, which is not supported".into()));
     }
     let program = member("data.pkl")?;
     if program.len() > MOST_PICKLE {

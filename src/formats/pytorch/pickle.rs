@@ -171,7 +171,7 @@ impl<'a> Reader<'a> {
     fn set_items(&mut self, items: &[Id]) -> Result<(), String> {
         let dict = self.top()?;
         match self.table.get_mut(dict) {
-            Some(Value::Dict(entries)) if items.len() % 2 == 0 => {
+            Some(Value::Dict(entries)) if items.len().is_multiple_of(2) => {
                 entries.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
                 Ok(())
             }
