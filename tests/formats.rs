@@ -66,10 +66,13 @@ fn run(unet: &UNet, pass: &Pass) -> Result<Tensor> {
 
 #[test]
 fn pytorch_files_hold_what_torch_saved_views_and_all_types_included() -> Result<()> {
-    let file = TensorFile::open(fixture("tensors.pth"))?;
     let expected = all(&TensorFile::open(fixture("tensors.safetensors"))?)?;
-    assert_same(&all(&file)?, &expected)?;
-    assert_eq!(file.info("state.bool").map(|info| info.dtype), Some(StoredDtype::Bool));
+    // The second in the format of before version 1.6.
+    for name in ["tensors.pth", "legacy.pth"] {
+        let file = TensorFile::open(fixture(name))?;
+        assert_same(&all(&file)?, &expected)?;
+        assert_eq!(file.info("state.bool").map(|info| info.dtype), Some(StoredDtype::Bool));
+    }
     Ok(())
 }
 

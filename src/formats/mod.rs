@@ -3,7 +3,7 @@
 //! | file | reading | writing |
 //! |---|---|---|
 //! | safetensors, one file or shards with an index | [`TensorFile`] | [`write_safetensors`] |
-//! | PyTorch's zip files (`.bin`, `.pt`, `.pth`), without executing anything | [`TensorFile`] | [`pytorch::write`] |
+//! | PyTorch's files (`.bin`, `.pt`, `.pth`), without executing anything | [`TensorFile`] | [`pytorch::write`] |
 //! | ONNX initialisers | [`TensorFile`] | |
 //! | diffusers folders with their `config.json` | [`diffusers::Folder`] | |
 //! | LoRA of peft, diffusers and kohya | [`lora::LoraFile`] | [`lora::LoraFile::save`] |

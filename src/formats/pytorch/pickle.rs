@@ -80,13 +80,13 @@ struct Reader<'a> {
     memo: HashMap<u32, Id>,
 }
 
-/// Reads a pickle.
-pub(super) fn read(bytes: &[u8]) -> Result<Values, String> {
+/// Reads a pickle; also tells how many bytes it takes.
+pub(super) fn read(bytes: &[u8]) -> Result<(Values, usize), String> {
     let mut reader =
         Reader { bytes, at: 0, table: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
     while let Some(result) = reader.step()? {
         if let Some(result) = result {
-            return Ok(Values { table: reader.table, result });
+            return Ok((Values { table: reader.table, result }, reader.at));
         }
     }
     Err("cut off".into())
