@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use lcm_lookahead::formats::diffusers::{Folder, unet_config};
+use lcm_lookahead::formats::diffusers::{Folder, clip_vision_config, unet_config};
 use lcm_lookahead::formats::lora::{Layout, LoraFile};
 use lcm_lookahead::formats::{self, EncoderFile, TensorFile, ip_adapter, official};
 use lcm_lookahead::lookahead::FaceEncoder;
+use lcm_lookahead::models::clip_vision::ClipVision;
 use lcm_lookahead::models::ip_adapter::IpAdapter;
 use lcm_lookahead::models::resampler::Resampler;
 use lcm_lookahead::models::unet::{self, Conditioning, ImageTokens, Pass, UNet};
@@ -55,7 +56,8 @@ fn config(base: &str) -> Result<unet::Config> {
 
 fn unet_of(folder: &str, variant: Option<&str>) -> Result<UNet> {
     let folder = Folder::open(fixture(folder), variant)?.component("unet")?;
-    Ok(UNet::load(&unet_config(&folder.config()?)?, &folder.weights(DType::F64, &Device::Cpu)?)?)
+    let config = unet_config(&folder.config()?)?;
+    Ok(UNet::load(&config, &folder.weights(&UNet::shapes(&config)?, DType::F64, &Device::Cpu)?)?)
 }
 
 fn run(unet: &UNet, pass: &Pass) -> Result<Tensor> {
@@ -90,6 +92,40 @@ fn a_unet_in_one_file_and_in_shards_computes_what_diffusers_does() -> Result<()>
     }
     let missing = unet_of("base", Some("bf16")).unwrap_err().to_string();
     ensure!(missing.contains("diffusion_pytorch_model.bf16.safetensors"), "{missing}");
+    Ok(())
+}
+
+#[test]
+fn an_image_encoders_folder_has_exactly_what_the_network_asks_for() -> Result<()> {
+    let folder = Folder::open(fixture("base"), None)?.component("image_encoder")?;
+    let (config, asked) = (clip_vision_config(&folder.config()?)?, Weights::shapes_only());
+    ClipVision::load(&config, &asked)?;
+    ClipVision::load(&config, &folder.weights(&asked.shapes(), DType::F32, &Device::Cpu)?)?;
+    Ok(())
+}
+
+#[test]
+fn missing_extra_and_misshapen_tensors_of_a_component_are_named_before_any_is_read() -> Result<()> {
+    let original = all(&Folder::open(fixture("small"), None)?.component("unet")?.tensors()?)?;
+    let shapes = UNet::shapes(&config("small")?)?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("diffusion_pytorch_model.safetensors");
+    let fault = |name: &str, tensor: Option<Tensor>| -> Result<String> {
+        let mut tensors = original.clone();
+        match tensor {
+            Some(tensor) => tensors.insert(name.to_string(), tensor),
+            None => tensors.remove(name),
+        };
+        formats::write_safetensors(&path, &tensors, &BTreeMap::new())?;
+        let error = Folder::open(folder.path(), None)?.weights(&shapes, DType::F32, &Device::Cpu).unwrap_err();
+        let Error::Tensor { file, tensor, found, .. } = error else { anyhow::bail!("{error}") };
+        assert_eq!((file, tensor.as_str()), (path.display().to_string(), name));
+        Ok(found)
+    };
+    let zeros = |size: usize| Tensor::zeros(size, DType::F16, &Device::Cpu);
+    assert_eq!(fault("conv_in.bias", None)?, "nothing");
+    assert_eq!(fault("conv_in.bias", Some(zeros(5)?))?, "shape [5]");
+    assert_eq!(fault("other.bias", Some(zeros(5)?))?, "one of shape [5]");
     Ok(())
 }
 
