@@ -163,7 +163,7 @@ fn answer(
 }
 
 fn content() -> Vec<u8> {
-    (0..700_000u32).map(|i| (i * i >> 7) as u8).collect()
+    (0..700_000u64).map(|i| ((i * i) >> 7) as u8).collect()
 }
 
 fn blobs(home: &Path) -> Result<Vec<PathBuf>> {

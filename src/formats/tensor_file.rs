@@ -171,10 +171,8 @@ impl Part {
         let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         match bytes {
             [b'P', b'K', 3 | 5, ..] => pytorch::contents(path, bytes),
-            [0x80, 2..=5, ..] => Err(format_error(
-                path,
-                "PyTorch's old format (before version 1.6), which is not read; save it anew with torch.save",
-            )),
+            _ if bytes.starts_with(pytorch::LEGACY_MAGIC) => pytorch::legacy_contents(path, bytes),
+            [0x80, 2..=5, ..] => Err(format_error(path, "a bare pickle, which is no file of tensors")),
             _ if extension.eq_ignore_ascii_case("onnx") => onnx::contents(path, bytes),
             [_, _, _, _, _, _, _, _, b'{', ..] => safetensors::contents(path, bytes),
             _ if extension.eq_ignore_ascii_case("safetensors") => safetensors::contents(path, bytes),
@@ -227,7 +225,7 @@ pub struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens a file: safetensors, PyTorch's zip format (nested dictionaries become names with dots), ONNX, or the
+    /// Opens a file: safetensors, PyTorch's formats (nested dictionaries become names with dots), ONNX, or the
     /// `.index.json` of a sharded checkpoint. The format is told by the content.
     ///
     /// # Errors
@@ -254,7 +252,7 @@ impl TensorFile {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let text = read_text(index, 64 << 20)?;
+        let text = read_text(index, 16 << 20)?;
         let Index { weight_map } = serde_json::from_str(&text)
             .map_err(|error| format_error(index, format!("not the index of a sharded checkpoint: {error}")))?;
         let folder = index.parent().unwrap_or(Path::new(""));
