@@ -14,8 +14,7 @@ pub fn measure(report: &mut Report) -> Result<()> {
     let weights = Weights::random(DType::BF16, &device);
     let encoder = FaceEncoder::load(&encoder_config(), &base.unet, &weights, &weights)?;
     let personalizer = Personalizer::new(base, encoder);
-    let photograph =
-        Tensor::rand(-1f32, 1.0, (1, 3, RESOLUTION, RESOLUTION), &device)?.to_dtype(DType::BF16)?;
+    let photograph = Tensor::rand(-1f32, 1.0, (1, 3, RESOLUTION, RESOLUTION), &device)?.to_dtype(DType::BF16)?;
     let reference = personalizer.reference_from_tensor(&photograph)?;
     let prompts = ["an oil painting of a face".to_string()];
     for (what, options, repeats) in [

@@ -11,7 +11,7 @@ use candle_core::{CudaDevice, DType, Tensor};
 use super::{Attention, Mask};
 use crate::Result;
 use crate::autograd::{Backward, Forward};
-use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken, upload};
+use crate::cuda::{Buffer, avoids, check, cuda_device, dtype_code, pointer, stream, taken, upload};
 
 /// `LcmAttention` of `attention.h`.
 #[repr(C)]
@@ -62,6 +62,7 @@ unsafe extern "C" {
 }
 
 const NAME: &str = "attention";
+const HOPPER: &str = "hopper-attention";
 
 /// The arguments for inputs `q, k, v` or `q, k, v, k2, v2`, all contiguous, whose shapes `attention` has checked.
 pub(super) fn arguments(
@@ -136,7 +137,7 @@ pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forwar
     let stream = stream(&device);
     // SAFETY: the arguments point to tensors and buffers of the shapes they state, alive on this stream.
     unsafe {
-        if !taken(NAME, lcm_attention_forward_hopper(&raw const arguments, stream))? {
+        if avoids(HOPPER) || !taken(NAME, lcm_attention_forward_hopper(&raw const arguments, stream))? {
             check(NAME, lcm_attention_forward_portable(&raw const arguments, stream))?;
         }
     }
@@ -192,7 +193,7 @@ pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<
         let bytes = lcm_attention_backward_hopper_workspace(&raw const arguments);
         let workspace = Buffer::bytes(&device, bytes)?;
         arguments.lend(&workspace, bytes);
-        if !taken(NAME, lcm_attention_backward_hopper(&raw const arguments, stream))? {
+        if avoids(HOPPER) || !taken(NAME, lcm_attention_backward_hopper(&raw const arguments, stream))? {
             let bytes = lcm_attention_backward_portable_workspace(&raw const arguments);
             let workspace = Buffer::bytes(&device, bytes)?;
             arguments.lend(&workspace, bytes);
