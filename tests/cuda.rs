@@ -130,17 +130,21 @@ fn addends_equal_the_cpu() -> Result<()> {
 
 #[test]
 fn cross_attention_to_text_and_image_tokens_equals_the_cpu() -> Result<()> {
-    for (heads, width, tokens, shared) in [(2, 64, 200, 2), (1, 64, 1024, 1), (2, 32, 50, 2)] {
+    for (heads, width, tokens) in [(2, 64, 200), (1, 64, 1024), (2, 32, 50)] {
         let channels = heads * width;
         let inputs = [
             random("q", &[2, tokens, channels]),
             random("k", &[2, 77, channels]),
             random("v", &[2, 77, channels]),
-            random("ki", &[shared, 16, channels]),
-            random("vi", &[shared, 16, channels]),
+            random("ki", &[2, 16, channels]),
+            random("vi", &[2, 16, channels]),
         ];
         compare(&format!("cross-attention {heads}x{width} {tokens}"), &inputs, |t| {
             ops::cross_attention(&t[0], (&t[1], &t[2]), Some(((&t[3], &t[4]), 0.6)), heads)
+        })?;
+        let packed = [inputs[0].clone(), random("kv", &[2, 77, 2 * channels])];
+        compare(&format!("packed cross-attention {heads}x{width} {tokens}"), &packed, |t| {
+            ops::cross_attention_packed(&t[0], &t[1], None, heads)
         })?;
     }
     Ok(())
@@ -199,6 +203,38 @@ fn plain_and_causal_attention_equal_the_cpu() -> Result<()> {
         let inputs = [random("q", &[2, tokens, channels]), random("k", &keys), random("v", &keys)];
         compare(&format!("attention {heads}x{width} {tokens} {own} {mask:?}"), &inputs, |t| {
             ops::attention(&t[0], (&t[1], &t[2]), None, heads, mask)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_self_attention_equals_the_cpu() -> Result<()> {
+    for (heads, width, tokens, reference) in [(2, 64, 200, 70), (3, 16, 40, 40)] {
+        let channels = heads * width;
+        let inputs = [
+            random("qkv", &[2, tokens, 3 * channels]),
+            random("k2", &[2, reference, channels]),
+            random("v2", &[2, reference, channels]),
+        ];
+        compare(&format!("packed attention {heads}x{width} {tokens}+{reference}"), &inputs, |t| {
+            ops::attention_packed(&t[0], Some((&t[1], &t[2])), Some(&[true, false]), heads)
+        })?;
+        compare(&format!("packed attention {heads}x{width} {tokens}"), &inputs[..1], |t| {
+            ops::attention_packed(&t[0], None, None, heads)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn residual_and_norm_equal_the_cpu() -> Result<()> {
+    for channels in [20, 640] {
+        let x = [3, 5, channels];
+        let inputs = [random("x", &x), random("r", &x), random("w", &[channels]), random("b", &[channels])];
+        compare(&format!("add_layer_norm {channels}"), &inputs, |t| {
+            let (sum, normed) = ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-5)?;
+            Ok((sum * 0.7)?.add(&normed)?)
         })?;
     }
     Ok(())

@@ -12,7 +12,7 @@ mod memory;
 mod reduce;
 mod upload;
 
-pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm};
+pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm, stack_low_rank};
 pub(crate) use device::avoids;
 pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize};
 pub use graph::Graph;
