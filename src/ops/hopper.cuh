@@ -78,6 +78,9 @@ __device__ __forceinline__ void store_cluster(uint32_t remote, float x, float y,
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
+// Waits until the kernel before this one in the stream has ended, if this one was allowed to start early (programmatic stream serialization).
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- TMA: one thread starts the copy of a box; elements outside the tensor arrive as zeros ----
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {

@@ -2,10 +2,6 @@
 #include "hopper_gemm.cuh"
 #include <cudaTypedefs.h>
 
-#ifdef LCM_TUNE
-extern "C" { int lcm_tune_rows, lcm_tune_columns, lcm_tune_cm, lcm_tune_cn, lcm_tune_split; }
-#endif
-
 namespace hopper_gemm {
 namespace {
 
@@ -61,26 +57,27 @@ int most_clusters(int blocks, int multiprocessors) {
   return count;
 }
 
-// The plan with the least estimated time, in microseconds as measured on an H100.
+// The plan with the least estimated time, from times measured on an H100, in microseconds.
 Plan choose_plan(int64_t boxes, int columns, int steps, bool transposed, int multiprocessors) {
-#ifdef LCM_TUNE
-  if (lcm_tune_rows) return {lcm_tune_rows, lcm_tune_columns, lcm_tune_cm, lcm_tune_cn, lcm_tune_split};
-#endif
   struct Candidate {
     int rows, columns;
-    double step, split_step; // of a tile, with and without sharing of loads
+    double step, split_step, meeting; // a step of a tile, the same where loads are not shared, and the begin and end of a tile that is split in two
   };
-  static const Candidate forward[3] = {{256, 160, 0.82, 0.83}, {128, 160, 0.47, 0.63}, {128, 256, 0.67, 0.70}}, gradient[2] = {{128, 320, 0.85, 0.86}, {128, 256, 0.70, 0.72}};
+  static const Candidate forward[3] = {{256, 160, 0.82, 0.83, 14}, {128, 160, 0.47, 0.63, 8}, {128, 256, 0.67, 0.85, 12}};
+  static const Candidate gradient[2] = {{128, 320, 0.85, 0.86, 14}, {128, 256, 0.68, 0.85, 12}};
+  static const int splits[4] = {1, 2, 3, 6}; // clusters of 4 and 5 fit the chip's parts badly: a second wave for what should be one
   Plan best{};
   double best_time = 1e30;
   for (int i = 0; i < (transposed ? 2 : 3); ++i)
-    for (int split = 1; split <= kMaxSplit; ++split) {
+    for (int split : splits) {
       const Candidate &c = transposed ? gradient[i] : forward[i];
       if (split > 1 && steps < 8 * split) continue;
       const int64_t tiles_n = (columns + c.columns - 1) / c.columns, tiles = (boxes * 128 + c.rows - 1) / c.rows * tiles_n * split;
       const int capacity = most_clusters(split, multiprocessors) * split;
       const int64_t waves = (tiles + capacity - 1) / capacity;
-      const double time = waves * (static_cast<double>(steps) / split * (split > 1 ? c.split_step : c.step) + 1) + (split == 1 ? 0 : c.columns * c.rows > 32768 ? 5 : 1);
+      const double whole = waves * (steps * c.step + 1) + 10; // blocks that walk over tiles begin and end once
+      const double parts = waves * (static_cast<double>(steps) / split * c.split_step + c.meeting + (split == 2 ? 0 : split == 3 ? 1 : 6));
+      const double time = split == 1 ? whole : parts;
       if (time < best_time) {
         best_time = time, best = Plan{c.rows, c.columns, 1, 1, split};
         if (split == 1 && tiles_n % 2 == 0) best.cn = 2;
@@ -111,12 +108,9 @@ template <int kRows, int kColumns, bool kTransposed, bool kHalf> int launch(cons
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = blocks, attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
   config.attrs = attributes;
-  config.numAttrs = 1;
-#ifdef LCM_PDL
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1; // its prologue may overlap the end of the kernel before
   config.numAttrs = 2;
-#endif
   cudaLaunchKernelEx(&config, kernel, problem);
   return cudaGetLastError();
 }
@@ -172,11 +166,7 @@ Plan cut(Problem &p, int phases, bool transposed, int multiprocessors, int (&box
   p.boxes_x = (width + (1 << p.log_w) - 1) >> p.log_w;
   p.boxes_y = (height + (1 << p.log_h) - 1) >> p.log_h;
   p.cm = plan.cm, p.cn = plan.cn, p.split = plan.split;
-  p.whole_blocks = transposed && p.columns % kBlock == 0
-#ifdef LCM_NOWHOLE
-  && false
-#endif
-  ;
+  p.whole_blocks = transposed && p.columns % kBlock == 0;
   p.tiles_m = (boxes + 2 * p.cm - 1) / (2 * p.cm);
   p.tiles_n = (p.columns + plan.columns * p.cn - 1) / (plan.columns * p.cn);
   p.tiles = p.tiles_m * p.tiles_n * phases;
@@ -184,7 +174,8 @@ Plan cut(Problem &p, int phases, bool transposed, int multiprocessors, int (&box
   return plan;
 }
 
-bool encode_weights(CUtensorMap *map, const Problem &p, const Plan &plan, bool half, bool transposed, const void *weight, int64_t input, int64_t taps, int64_t output) {
+bool encode_weights(CUtensorMap *map, const Problem &p, const Plan &plan, bool half, bool transposed, const void *weight, int64_t input, int64_t taps,
+                    int64_t output) {
   const int64_t sizes[3] = {input, taps, output}, strides[2] = {input, input * taps};
   if (!transposed) {
     const int box[3] = {kDepth, 1, plan.columns / plan.cm};

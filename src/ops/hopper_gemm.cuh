@@ -114,9 +114,7 @@ template <int kRows, int kColumns, bool kTransposed, bool kHalf> __global__ void
     prefetch_map(&p.a[0]);
     prefetch_map(&p.b[0]);
   }
-#ifdef LCM_PDL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous_kernel(); // nothing before this line touches its results
   if (blocks > 1) cluster_sync();
   else __syncthreads();
 
