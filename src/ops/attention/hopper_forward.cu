@@ -221,12 +221,15 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
 
 // A tensor map of rows of heads of 64: boxes of one head, `rows` tokens, zero beyond the last token.
 inline bool map_operand(CUtensorMap *map, int dtype, const void *base, int heads, int tokens, int batch, int64_t row, int64_t sample, int rows) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess) entry = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
-  }();
+  // Looked up once; threads that come at the same time find the same. (A guarded initialiser would want the C++ runtime library.)
+  static void *found = nullptr;
+  void *entry = __atomic_load_n(&found, __ATOMIC_RELAXED);
+  if (entry == nullptr) {
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) != cudaSuccess) return false;
+    __atomic_store_n(&found, entry, __ATOMIC_RELAXED);
+  }
+  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
   if (encode == nullptr || reinterpret_cast<uintptr_t>(base) % 16 || row % 8 || (batch > 1 && sample % 8) || row < heads * D) return false;
   if (batch == 1) sample = row * tokens;
   const cuuint64_t sizes[4] = {D, (cuuint64_t)heads, (cuuint64_t)tokens, (cuuint64_t)batch};
