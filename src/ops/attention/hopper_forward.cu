@@ -6,10 +6,9 @@
 // warpgroups that compute, 64 queries each; blocks stay and take tiles of queries in turn. At head dimension 64 the exponentials of
 // a tile take the special-function units as long (512 cycles) as its products take the tensor cores, so both have to run all the
 // time: the warpgroups take turns in issuing products, and while those of one are under way the others are at their exponentials.
-// A warpgroup issues the next scores and the products of the present weights together, and waits for both: to overlap its own
-// exponentials with its own products as well (weights or scores in two halves) was measured slower, as was computing a share of the
-// exponentials by a polynomial on the multiply-add units. The next scores may be those of the next tile of queries, so the
-// tensor cores do not idle between tiles.
+// A warpgroup issues the products of its present weights and the next scores together, and waits for both: to overlap its own
+// exponentials with its own products as well (scores in two halves, or weights a tile behind) was measured no faster or slower, as
+// was computing a share of the exponentials by a polynomial on the multiply-add units.
 #include "attention.h"
 #include "hopper_ptx.cuh"
 #include "hopper_softmax.cuh"
@@ -132,6 +131,10 @@ template <class T, int CONSUMERS> __device__ inline void consume(Shared<CONSUMER
     for (int i = 0; i < KEYS / 16; ++i) wgmma_64x64_registers<T>(o, weights + i * 4, v + i * 128);
     wgmma_commit();
   };
+  const auto weigh = [&]() {
+#pragma unroll
+    for (int j = 0; j < KEYS / 4; ++j) weights[j] = pack<T>(s[j * 2], s[j * 2 + 1]);
+  };
   // The right to issue products goes round among the warpgroups, so that they don't all come to the tensor cores at once.
   const auto take_right = [&](uint32_t n) { barrier_wait(&shared.right[w], n & 1); };
   const auto pass_right = [&]() {
@@ -139,53 +142,60 @@ template <class T, int CONSUMERS> __device__ inline void consume(Shared<CONSUMER
   };
   if (w == CONSUMERS - 1) pass_right();
 
-  barrier_wait(&shared.q_full[0][w], 0);
-  barrier_wait(&shared.k_full[0], 0);
-  take_right(0);
-  scores(0, 0);
-  pass_right();
-  wgmma_wait<0>();
-  pin(s);
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
     const int count = p.key_tiles(tile);
+    const auto valid = [&](int i) { return i < own_tiles ? p.own_tokens - i * KEYS : p.reference_tokens - (i - own_tiles) * KEYS; };
     Softmax<T> softmax;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
-    for (int i = 0; i < count; ++i, ++n) {
-      // Here s holds the scores of key tile i, and no product is under way.
-      const int valid = i < own_tiles ? p.own_tokens - i * KEYS : p.reference_tokens - (i - own_tiles) * KEYS;
-      mask(s, valid);
-      if (i == 0 || !softmax.keep(s, weights, p.scale)) {
-        if (i != 0) {
-          scores_again<T>(s, reinterpret_cast<const uint8_t *>(shared.q[turn & 1][w]), reinterpret_cast<const uint8_t *>(shared.k[slot(n)]));
-          mask(s, valid);
-        }
-        float correction[2];
-        softmax.raise(s, weights, p.scale, correction);
-#pragma unroll
-        for (int j = 0; j < D / 2; ++j) o[j] *= correction[j >> 1 & 1];
-      }
-      if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
 
-      // The next scores: of this tile of queries or of the first keys of the next. After the very last they are of whatever lies there,
-      // and nobody looks at them.
-      const bool last = i + 1 == count, more = !last || tile + gridDim.x < p.tiles;
-      const uint32_t next = last ? turn + 1 : turn;
-      if (last && speaks) barrier_arrive(&shared.q_empty[turn & 1][w]);
-      if (last && more) barrier_wait(&shared.q_full[next & 1][w], next >> 1 & 1);
-      if (more) barrier_wait(&shared.k_full[slot(n + 1)], parity(n + 1));
-      barrier_wait(&shared.v_full[slot(n)], parity(n));
-      take_right(n + 1);
-      pin(s);
+    barrier_wait(&shared.q_full[turn & 1][w], turn >> 1 & 1);
+    barrier_wait(&shared.k_full[slot(n)], parity(n));
+    take_right(n);
+    pin(s);
+    scores(turn, n);
+    pass_right();
+    wgmma_wait<0>();
+    pin(s);
+    if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
+    mask(s, valid(0));
+    float correction[2]; // nothing to correct yet
+    softmax.raise(s, p.scale, correction);
+    weigh();
+    if (++n, count > 1) barrier_wait(&shared.k_full[slot(n)], parity(n));
+    for (int i = 1; i < count; ++i, ++n) {
+      // Here weights holds those of key tile i - 1, and no product is under way.
+      take_right(n);
+      barrier_wait(&shared.v_full[slot(n - 1)], parity(n - 1));
       pin(o);
-      scores(next, n + 1);
-      products(n);
+      products(n - 1);
+      pin(s);
+      scores(turn, n);
+      wgmma_wait<1>();
       pass_right();
       wgmma_wait<0>();
       pin(s);
       pin(o);
-      if (speaks) barrier_arrive(&shared.v_empty[slot(n)]);
+      if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
+      mask(s, valid(i));
+      if (!softmax.keep(s, p.scale)) {
+        scores_again<T>(s, reinterpret_cast<const uint8_t *>(shared.q[turn & 1][w]), reinterpret_cast<const uint8_t *>(shared.k[slot(n)]));
+        mask(s, valid(i));
+        softmax.raise(s, p.scale, correction);
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) o[j] *= correction[j >> 1 & 1];
+      }
+      if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
+      weigh();
+      if (i + 1 < count) barrier_wait(&shared.k_full[slot(n + 1)], parity(n + 1));
     }
+    if (speaks) barrier_arrive(&shared.q_empty[turn & 1][w]);
+    barrier_wait(&shared.v_full[slot(n - 1)], parity(n - 1));
+    pin(o);
+    products(n - 1);
+    wgmma_wait<0>();
+    pin(o);
+    if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
     int place = tile;
     asm volatile("" : "+r"(place)); // taken apart only here, so that its parts hold no registers in the loop
     finish<T, CONSUMERS>(p, place, w, o, softmax);
@@ -221,12 +231,15 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
 
 // A tensor map of rows of heads of 64: boxes of one head, `rows` tokens, zero beyond the last token.
 inline bool map_operand(CUtensorMap *map, int dtype, const void *base, int heads, int tokens, int batch, int64_t row, int64_t sample, int rows) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess) entry = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
-  }();
+  // Looked up once; threads that come at the same time find the same. (A guarded initialiser would want the C++ runtime library.)
+  static void *found = nullptr;
+  void *entry = __atomic_load_n(&found, __ATOMIC_RELAXED);
+  if (entry == nullptr) {
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) != cudaSuccess) return false;
+    __atomic_store_n(&found, entry, __ATOMIC_RELAXED);
+  }
+  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
   if (encode == nullptr || reinterpret_cast<uintptr_t>(base) % 16 || row % 8 || (batch > 1 && sample % 8) || row < heads * D) return false;
   if (batch == 1) sample = row * tokens;
   const cuuint64_t sizes[4] = {D, (cuuint64_t)heads, (cuuint64_t)tokens, (cuuint64_t)batch};

@@ -29,12 +29,7 @@ __device__ inline bool barrier_try(uint64_t *b, uint32_t parity) {
   return done;
 }
 __device__ inline void barrier_wait(uint64_t *b, uint32_t parity) {
-#ifdef LCM_BOUND_SPINS
-  for (int i = 0; !barrier_try(b, parity); ++i)
-    if (i > 1 << 20) __trap();
-#else
   while (!barrier_try(b, parity)) {}
-#endif
 }
 
 // ---- tensor-map copies ----------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ __device__ inline float exp2_unit(float x) {
 }
 template <class T> __device__ inline uint32_t pack(float low, float high) {
   uint32_t r;
-  if constexpr (std::is_same_v<T, __half>) asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  else asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 
@@ -50,7 +50,7 @@ template <class T> struct Softmax {
   }
 
   // Scores become weights under the maximum raised to theirs; correction: what earlier weights are worth under it.
-  __device__ void raise(float (&s)[KEYS / 2], uint32_t (&weights)[KEYS / 4], float scale, float (&correction)[2]) {
+  __device__ void raise(float (&s)[KEYS / 2], float scale, float (&correction)[2]) {
     float t[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -66,20 +66,16 @@ template <class T> struct Softmax {
     }
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_unit(fmaf(s[i], scale, -maximum[i >> 1 & 1]));
-#pragma unroll
-    for (int j = 0; j < KEYS / 4; ++j) weights[j] = pack<T>(s[j * 2], s[j * 2 + 1]);
     sums(s, t);
 #pragma unroll
     for (int row = 0; row < 2; ++row) sum[row] = sum[row] * correction[row] + t[row];
   }
 
   // Scores become weights under the maximum as it is; false, in all lanes alike, if it is too low for that.
-  __device__ bool keep(float (&s)[KEYS / 2], uint32_t (&weights)[KEYS / 4], float scale) {
+  __device__ bool keep(float (&s)[KEYS / 2], float scale) {
     float t[2];
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_unit(fmaf(s[i], scale, -maximum[i >> 1 & 1]));
-#pragma unroll
-    for (int j = 0; j < KEYS / 4; ++j) weights[j] = pack<T>(s[j * 2], s[j * 2 + 1]);
     sums(s, t);
     if (__any_sync(0xffffffff, !(t[0] <= LIMIT && t[1] <= LIMIT))) return false;
 #pragma unroll
