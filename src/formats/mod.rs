@@ -16,6 +16,7 @@
 
 pub mod diffusers;
 mod encoder;
+mod info;
 pub mod ip_adapter;
 pub mod lora;
 pub mod official;
@@ -25,5 +26,6 @@ mod safetensors;
 mod tensor_file;
 
 pub use encoder::{Content, EncoderFile};
+pub use info::{StoredDtype, TensorInfo};
 pub use safetensors::write as write_safetensors;
-pub use tensor_file::{Expected, StoredDtype, TensorFile, TensorInfo};
+pub use tensor_file::{Expected, TensorFile};

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::tensor_file::{Contents, Entry, Place, StoredDtype, TensorInfo, format_error};
+use super::info::{StoredDtype, TensorInfo};
+use super::tensor_file::{Contents, Entry, Place, format_error};
 use crate::{Error, Result};
 
 // Field numbers of onnx.proto.

@@ -7,7 +7,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde::Deserialize;
 
-use super::tensor_file::{Contents, Entry, Place, StoredDtype, TensorInfo, format_error};
+use super::info::{StoredDtype, TensorInfo};
+use super::tensor_file::{Contents, Entry, Place, format_error};
 use crate::{Error, Result};
 
 /// SDXL's U-Net has a header of 200 KB. The reference implementation allows 100 MB, which would take some GB to parse.

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use super::super::tensor_file::{Contents, StoredDtype, format_error};
+use super::super::info::StoredDtype;
+use super::super::tensor_file::{Contents, format_error};
 use super::pickle::{self, Value, Values};
 use super::{entries, unpickle};
 use crate::Result;

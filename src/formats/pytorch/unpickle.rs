@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::tensor_file::TensorInfo;
+use super::super::info::TensorInfo;
 use super::pickle::{Id, Name, Value, Values};
 use super::storage::{StorageRecord, TensorRecord, storage_dtype};
 
