@@ -302,6 +302,55 @@ fn compare_large(
 }
 
 #[test]
+fn operations_of_face_networks_equal_the_cpu() -> Result<()> {
+    for channels in [3, 8, 64] {
+        let x = random("x", &[2, 9, 7, channels]);
+        let (a, b) = (random("a", &[channels]), random("b", &[channels]));
+        compare(&format!("channel_affine {channels}"), &[x.clone(), a.clone(), b], |t| {
+            ops::channel_affine(&t[0], &t[1], &t[2])
+        })?;
+        compare(&format!("prelu {channels}"), &[x.clone(), a], |t| ops::prelu(&t[0], &t[1]))?;
+        for (kernel, stride) in [(2, 2), (3, 2), (1, 2), (3, 1), (2, 3)] {
+            compare(&format!("max_pool2d {channels} {kernel} {stride}"), &[x.clone()], |t| {
+                ops::max_pool2d(&t[0], kernel, stride)
+            })?;
+        }
+        for (kernel, stride, padding) in [([3, 3], 1, 1), ([3, 3], 2, 1), ([7, 7], 1, 0), ([1, 4], 3, 2)] {
+            let weight = random("w", &[kernel[0], kernel[1], channels]);
+            let inputs = [x.clone(), weight, random("b", &[channels])];
+            compare(&format!("depthwise_conv2d {channels} {kernel:?} {stride} {padding}"), &inputs, |t| {
+                ops::depthwise_conv2d(&t[0], &t[1], Some(&t[2]), stride, padding)
+            })?;
+        }
+    }
+    compare("bicubic", &[random("x", &[2, 12, 16, 3])], |t| ops::resize_bicubic(&t[0], 7, 21))
+}
+
+#[test]
+fn sums_copies_and_casts_equal_the_cpu() -> Result<()> {
+    for shape in [vec![2, 5, 8], vec![3, 7, 5], vec![2, 3, 4, 24]] {
+        let channels = shape[shape.len() - 1];
+        let (a, b) = (random("a", &shape), random("b", &shape));
+        let name = |what: &str| format!("{what} {shape:?}");
+        compare(&name("add_scaled"), &[a.clone(), b.clone()], |t| ops::add_scaled(&t[0], &t[1], -0.7))?;
+        compare(&name("add"), &[a.clone(), b.clone()], |t| ops::add(&t[0], &t[1]))?;
+        compare(&name("scale"), &[a.clone()], |t| ops::scale(&t[0], 1.7))?;
+        compare(&name("cast"), &[a.clone()], |t| {
+            let to = if t[0].dtype() == DType::BF16 { DType::F32 } else { t[0].dtype() };
+            ops::cast(&ops::scale(&ops::cast(&t[0], to)?, 0.3)?, t[0].dtype())
+        })?;
+        let vectors = random("v", &[shape[0], channels]);
+        compare(&name("add_per_sample"), &[a.clone(), vectors], |t| ops::add_per_sample(&t[0], &t[1]))?;
+        compare(&name("concat_channels"), &[a.clone(), b.clone()], |t| ops::concat_channels(&t[0], &t[1]))?;
+        compare(&name("split"), &[a], |t| {
+            let parts = ops::split(&t[0], &[3, channels - 3])?;
+            ops::concat_channels(&ops::scale(&parts[1], 2.0)?, &parts[0])
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
 fn operations_at_the_sizes_of_sdxl_equal_f32() -> Result<()> {
     for (size, input, output, stride) in [
         (128usize, 320usize, 320usize, 1usize),
@@ -362,4 +411,46 @@ fn operations_at_the_sizes_of_sdxl_equal_f32() -> Result<()> {
         ops::concat_channels(&t[0], &t[1])
     })?;
     compare_large("upsample", &[("x", &[2, 32, 32, 1280])], |t| ops::upsample_nearest_2x(&t[0]))
+}
+
+#[test]
+fn attention_over_wide_heads_equals_the_cpu() -> Result<()> {
+    for (heads, width, tokens, own, reference, mask) in [
+        (1, 512, 70, 70, None, Mask::None),
+        (2, 264, 33, 40, None, Mask::None),
+        (1, 320, 24, 24, None, Mask::Causal),
+        (2, 272, 30, 20, Some((2, 16)), Mask::None),
+        (1, 512, 30, 20, Some((1, 40)), Mask::None),
+    ] {
+        let channels = heads * width;
+        let mut inputs = vec![
+            random("q", &[2, tokens, channels]),
+            random("k", &[2, own, channels]),
+            random("v", &[2, own, channels]),
+        ];
+        if let Some((batch, tokens)) = reference {
+            inputs.extend([random("k2", &[batch, tokens, channels]), random("v2", &[batch, tokens, channels])]);
+        }
+        let name = format!("attention {heads}x{width} {tokens} {own} {reference:?} {mask:?}");
+        compare(&name, &inputs, |t| ops::attention(&t[0], (&t[1], &t[2]), t.get(3).zip(t.get(4)), heads, mask))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_without_the_reference_in_some_samples_equals_the_cpu() -> Result<()> {
+    for (heads, width) in [(2, 64), (3, 16), (1, 320)] {
+        let channels = heads * width;
+        let inputs = [
+            random("q", &[3, 40, channels]),
+            random("k", &[3, 40, channels]),
+            random("v", &[3, 40, channels]),
+            random("k2", &[3, 24, channels]),
+            random("v2", &[3, 24, channels]),
+        ];
+        compare(&format!("attention_where {heads}x{width}"), &inputs, |t| {
+            ops::attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[true, false, true], heads)
+        })?;
+    }
+    Ok(())
 }

@@ -87,7 +87,10 @@ impl SqueezeExcitation {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = ops::activation(&self.fc1.forward(&x.mean_keepdim((1, 2))?.contiguous()?)?, Activation::Relu)?;
+        let y = ops::activation(
+            &self.fc1.forward(&ops::cast(&ops::widen(x)?.mean_keepdim((1, 2))?, x.dtype())?)?,
+            Activation::Relu,
+        )?;
         // The logistic function by tanh, whose gradient is finite everywhere.
         let gate = self.fc2.forward(&y)?.affine(0.5, 0.0)?.tanh()?.affine(0.5, 0.5)?;
         Ok(x.broadcast_mul(&gate)?)

@@ -120,7 +120,8 @@ impl Lpips {
         &self.config
     }
 
-    /// The distances of images `a` and `b`, both `(batch, 3, height, width)` in [-1, 1]: `(batch,)`.
+    /// The distances of images `a` and `b`, both `(batch, 3, height, width)` in [-1, 1]: `(batch,)`, in f32 for
+    /// networks of bf16 and f16.
     ///
     /// # Errors
     /// [`Error::Argument`] where the shapes differ, or a side is below 16 (VGG-16) or 31 (AlexNet).
@@ -145,7 +146,8 @@ impl Lpips {
             }
             let features = unit(&x)?;
             let difference = (features.narrow(0, 0, batch)? - features.narrow(0, batch, batch)?)?.sqr()?;
-            let here = ops::linear(&difference.contiguous()?, &slice.head, None)?.flatten_from(1)?.mean(1)?;
+            let here =
+                ops::linear(&difference.contiguous()?, &ops::widen(&slice.head)?, None)?.flatten_from(1)?.mean(1)?;
             distance = Some(match distance {
                 Some(sum) => (sum + here)?,
                 None => here,
@@ -164,9 +166,10 @@ fn scaled(x: &Tensor) -> Result<Tensor> {
     ops::channel_affine(x, &factor, &term)
 }
 
-/// The features of every pixel at unit length, as the `lpips` package computes it.
+/// The features of every pixel at unit length, as the `lpips` package computes it; in f32 for bf16 and f16.
 fn unit(x: &Tensor) -> Result<Tensor> {
     // The tiny term, which f32 cannot see beside any feature, keeps the gradient finite where all features are 0.
+    let x = ops::widen(x)?;
     let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + 1e-20)?.sqrt()?;
     Ok(x.broadcast_div(&(norm + 1e-10)?)?)
 }

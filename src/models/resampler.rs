@@ -181,7 +181,9 @@ impl Resampler {
         }
         let (_, queries, dim) = self.latents.dims3()?;
         let image = self.proj_in.forward(hidden_states)?;
-        let mut x = self.latents.broadcast_as((hidden_states.dim(0)?, queries, dim))?.contiguous()?;
+        let mut x = ops::cast(&self.latents, image.dtype())?
+            .broadcast_as((hidden_states.dim(0)?, queries, dim))?
+            .contiguous()?;
         for (attention, feed_forward) in &self.layers {
             x = (attention.forward(&image, &x)? + x)?;
             x = (feed_forward.forward(&x)? + x)?;

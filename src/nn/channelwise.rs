@@ -42,16 +42,19 @@ impl BatchNorm {
         weights: &Weights,
     ) -> Result<Self> {
         let mean = weights.get(channels, statistics[0], Init::Zeros)?;
-        let variance = weights.get(channels, statistics[1], Init::Ones)?;
+        let dtype = mean.dtype();
+        // Once, so in f32 even for networks of bf16 or f16.
+        let mean = ops::widen(&mean)?;
+        let variance = ops::widen(&weights.get(channels, statistics[1], Init::Ones)?)?;
         let mut scale = (variance + eps)?.sqrt()?.recip()?;
         if let Some(name) = affine[0] {
-            scale = (scale * weights.get(channels, name, Init::Ones)?)?;
+            scale = (scale * ops::widen(&weights.get(channels, name, Init::Ones)?)?)?;
         }
         let mut shift = (mean * &scale)?.neg()?;
         if let Some(name) = affine[1] {
-            shift = (shift + weights.get(channels, name, Init::Zeros)?)?;
+            shift = (shift + ops::widen(&weights.get(channels, name, Init::Zeros)?)?)?;
         }
-        Ok(BatchNorm { scale: scale.contiguous()?, shift: shift.contiguous()? })
+        Ok(BatchNorm { scale: scale.contiguous()?.to_dtype(dtype)?, shift: shift.contiguous()?.to_dtype(dtype)? })
     }
 
     /// `x`: `(..., channels)`.

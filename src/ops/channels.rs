@@ -33,12 +33,3 @@ pub(super) fn check_per_channel(
         }
     }
 }
-
-/// `count` slices of a dimension: `first`, `first + stride`, ... Differentiable on every device.
-pub(super) fn strided(x: &Tensor, dim: usize, first: usize, stride: usize, count: usize) -> Result<Tensor> {
-    if stride == 1 {
-        return Ok(x.narrow(dim, first, count)?);
-    }
-    let indices: Vec<u32> = (0..count).map(|i| (first + i * stride) as u32).collect();
-    Ok(x.index_select(&Tensor::from_vec(indices, count, x.device())?, dim)?)
-}

@@ -15,7 +15,7 @@ use crate::nn::{Loras, Weights};
 use crate::random::Address;
 use crate::schedule::SamplerKind;
 use crate::train::{Checkpoint, TrainConfig};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// How pictures are sampled.
 #[derive(Clone, Debug, PartialEq)]
@@ -142,7 +142,9 @@ impl Personalizer {
     /// # Errors
     /// [`Error::Tensor`] where a tensor is missing or misshapen.
     pub fn from_adapter(base: Base, resampler: &resampler::Config, tensors: HashMap<String, Tensor>) -> Result<Self> {
-        let weights = Weights::frozen("IP-Adapter", tensors);
+        let placed =
+            tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(base.dtype)?.to_device(&base.device)?)));
+        let weights = Weights::frozen("IP-Adapter", placed.collect::<Result<_>>()?);
         let config = FaceEncoderConfig { resampler: resampler.clone(), kv_encoder: None };
         let encoder = FaceEncoder::load(&config, &base.unet, &weights, &weights)?;
         Ok(Self::new(base, encoder))
@@ -206,16 +208,18 @@ impl Personalizer {
         let batch = prompts.len();
         let (_, channels, height, width) = reference.latents.dims4()?;
         let noise_address = Address::new(options.seed, "initial noise");
-        let noise = noise_address.normal_batch(batch, (channels, height, width), base.dtype, &base.device)?;
+        // The latents stay in f32 between the steps, whatever the networks compute in.
+        let (shape, dtype) = ((channels, height, width), ops::wide_dtype(base.dtype));
+        let noise = noise_address.normal_batch(batch, shape, dtype, &base.device)?;
         let conditions = self.conditions(reference, prompts, options, noise.clone())?;
         let mut sampler = options.sampler.build(&base.schedule, options.steps)?;
         let mut latents = (noise * sampler.init_noise_sigma())?;
         for (i, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
             let input = sampler.scale_model_input(&latents, i)?;
-            let prediction = self.predict(&conditions, &input, timestep, options)?;
-            latents = sampler.step(&prediction, i, &latents, noise_address)?;
+            let prediction = self.predict(&conditions, &ops::cast(&input, base.dtype)?, timestep, options)?;
+            latents = sampler.step(&ops::widen(&prediction)?, i, &latents, noise_address)?;
         }
-        base.decoder.decode(&latents)
+        base.decoder.decode(&ops::cast(&latents, base.dtype)?)
     }
 
     /// The one-step preview (equation 3) of a picture noised to a timestep, as the lookahead loss sees it with the

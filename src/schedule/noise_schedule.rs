@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// The variance-preserving noise schedule `z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps`.
 ///
@@ -103,7 +103,8 @@ impl NoiseSchedule {
     }
 
     /// Clean latents `(batch, ..)` brought to one timestep a sample:
-    /// `sqrt(abar_t) latents + sqrt(1 - abar_t) noise`, in the latents' dtype. Differentiable in both tensors.
+    /// `sqrt(abar_t) latents + sqrt(1 - abar_t) noise`, in the latents' dtype (computed in f32 for bf16
+    /// and f16). Differentiable in both tensors.
     ///
     /// # Errors
     /// [`Error::Argument`] where the shapes differ, where `timesteps` has not one entry a sample, or where one is out
@@ -111,9 +112,10 @@ impl NoiseSchedule {
     pub fn add_noise(&self, latents: &Tensor, noise: &Tensor, timesteps: &[usize]) -> Result<Tensor> {
         const NAME: &str = "NoiseSchedule::add_noise";
         same_shape(NAME, "noise", latents, noise)?;
-        let signal = per_sample(NAME, latents, timesteps, |t| self.sqrt_alpha_cumprod(t))?;
-        let spread = per_sample(NAME, latents, timesteps, |t| self.sqrt_one_minus_alpha_cumprod(t))?;
-        Ok((latents.broadcast_mul(&signal)? + noise.broadcast_mul(&spread)?)?)
+        let (wide, noise) = (ops::widen(latents)?, ops::widen(noise)?);
+        let signal = per_sample(NAME, &wide, timesteps, |t| self.sqrt_alpha_cumprod(t))?;
+        let spread = per_sample(NAME, &wide, timesteps, |t| self.sqrt_one_minus_alpha_cumprod(t))?;
+        ops::cast(&(wide.broadcast_mul(&signal)? + noise.broadcast_mul(&spread)?)?, latents.dtype())
     }
 
     /// The clean latents that a noise prediction implies, one timestep a sample (equation 3):
@@ -124,9 +126,10 @@ impl NoiseSchedule {
     pub fn predict_x0(&self, latents: &Tensor, noise_prediction: &Tensor, timesteps: &[usize]) -> Result<Tensor> {
         const NAME: &str = "NoiseSchedule::predict_x0";
         same_shape(NAME, "noise_prediction", latents, noise_prediction)?;
-        let scale = per_sample(NAME, latents, timesteps, |t| Ok(1.0 / self.sqrt_alpha_cumprod(t)?))?;
-        let sigma = per_sample(NAME, latents, timesteps, |t| self.sigma(t))?;
-        Ok((latents.broadcast_mul(&scale)? - noise_prediction.broadcast_mul(&sigma)?)?)
+        let (wide, noise) = (ops::widen(latents)?, ops::widen(noise_prediction)?);
+        let scale = per_sample(NAME, &wide, timesteps, |t| Ok(1.0 / self.sqrt_alpha_cumprod(t)?))?;
+        let sigma = per_sample(NAME, &wide, timesteps, |t| self.sigma(t))?;
+        ops::cast(&(wide.broadcast_mul(&scale)? - noise.broadcast_mul(&sigma)?)?, latents.dtype())
     }
 }
 

@@ -139,7 +139,12 @@ impl Ema {
     /// # Errors
     /// Where memory does not suffice.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
-        let mut state = self.averages.clone();
+        let mut state = HashMap::with_capacity(self.averages.len() + 1);
+        for (name, average) in &self.averages {
+            // A copy where an update changes the average in place.
+            let average = if average.device().is_cpu() { average.clone() } else { average.to_device(&Device::Cpu)? };
+            state.insert(name.clone(), average);
+        }
         state.insert(UPDATE_COUNT.to_string(), Tensor::new(self.update_count as i64, &Device::Cpu)?);
         Ok(state)
     }

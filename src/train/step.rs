@@ -9,6 +9,7 @@ use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_t
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, preview};
 use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::Loras;
+use crate::ops;
 use crate::random::Address;
 use crate::schedule::AnnealedTimestepSampler;
 
@@ -20,7 +21,7 @@ pub struct Prepared {
     conditioning_latents: Tensor,
     /// Conditioning images, `(batch, 3, height, width)`, which the image losses compare with.
     conditioning_images: Tensor,
-    /// The noise both are noised with.
+    /// The noise both are noised with; f32 beside latents of bf16 or f16.
     noise: Tensor,
     features: Tensor,
     null_features: Tensor,
@@ -70,8 +71,8 @@ impl StepLosses<'_> {
         let conditioning_latents =
             base.latents(&batch.encoder_pixel_values, self.address("conditioning posterior", draw))?;
         let (size, channels, height, width) = target_latents.dims4()?;
-        let noise =
-            self.address("noise", draw).normal_batch(size, (channels, height, width), base.dtype, &base.device)?;
+        let (shape, dtype) = ((channels, height, width), ops::wide_dtype(base.dtype));
+        let noise = self.address("noise", draw).normal_batch(size, shape, dtype, &base.device)?;
         let crop = &self.config.data;
         let place = |mut conditioning: Conditioning| {
             for ids in &mut conditioning.time_ids {
@@ -223,7 +224,7 @@ impl StepLosses<'_> {
     ) -> Result<Tensor> {
         let pass = self.pass(conditions, Loras::none());
         let noise_prediction = self.base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
-        let loss = (noise_prediction - &prepared.noise)?.sqr()?.mean_all()?;
+        let loss = (ops::widen(&noise_prediction)? - &prepared.noise)?.sqr()?.mean_all()?;
         report.diffusion = Some(scalar(&loss)?);
         Ok(loss)
     }
@@ -250,7 +251,7 @@ impl StepLosses<'_> {
             let value = loss.loss(&previews, &prepared.conditioning_images)?;
             report.lookahead.push((loss.name().to_string(), scalar(&value.loss)?, value.counted));
             if value.counted > 0 && *weight > 0.0 {
-                let weighted = (value.loss * (weight * factor))?;
+                let weighted = (ops::widen(&value.loss)? * (weight * factor))?;
                 total = Some(match total {
                     None => weighted,
                     Some(total) => (total + weighted)?,

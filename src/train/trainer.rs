@@ -16,6 +16,7 @@ use crate::lookahead::{Base, FaceEncoder, ImageLoss};
 use crate::models::resampler;
 use crate::models::unet::Recording;
 use crate::nn::{Parameters, Weights};
+use crate::ops;
 use crate::personalize::{Personalizer, encoder_config};
 use crate::schedule::AnnealedTimestepSampler;
 use crate::{Error, Result};
@@ -82,22 +83,27 @@ impl Trainer {
     ) -> Result<Self> {
         config.validate()?;
         check_against_base(&config, &base)?;
+        // What is trained is kept in f32 beside a base of bf16 or f16, whose updates would else be lost in rounding.
+        let dtype = ops::wide_dtype(base.dtype);
         let parameters = Parameters::new();
         for (name, tensor) in &adapter.tensors {
             if FaceEncoder::is_adapter_parameter(name) {
-                let value = tensor.to_dtype(base.dtype)?.to_device(&base.device)?;
+                let value = tensor.to_dtype(dtype)?.to_device(&base.device)?;
                 parameters.insert(name, candle_core::Var::from_tensor(&value)?);
             }
         }
-        let weights = Weights::trainable(&parameters, config.seed, base.dtype, &base.device);
+        let weights = Weights::trainable(&parameters, config.seed, dtype, &base.device);
         let shape = encoder_config(&adapter.resampler, &config);
         let mut encoder = FaceEncoder::load(&shape, &base.unet, &weights, &weights)?;
         let trained = match config.adapter.optimize_adapter {
             true => parameters.clone(),
             false => {
                 // The same values, but no part of any graph.
-                let frozen = parameters.all().into_iter().map(|(name, variable)| (name, variable.as_detached_tensor()));
-                let frozen = Weights::frozen("the adapter", frozen.collect());
+                let frozen = parameters
+                    .all()
+                    .into_iter()
+                    .map(|(name, variable)| Ok((name, variable.as_detached_tensor().to_dtype(base.dtype)?)));
+                let frozen = Weights::frozen("the adapter", frozen.collect::<Result<_>>()?);
                 encoder = FaceEncoder::load(&shape, &base.unet, &frozen, &weights)?;
                 parameters.filter(|name| !FaceEncoder::is_adapter_parameter(name))
             }

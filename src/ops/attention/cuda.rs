@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType, Tensor};
 
-use super::{Attention, Mask, Packing};
+use super::{Attention, Mask, Packing, wide};
 use crate::Result;
 use crate::autograd::{Backward, Forward};
 use crate::cuda::{Buffer, avoids, check, cuda_device, dtype_code, pointer, stream, taken, upload};
@@ -156,6 +156,9 @@ fn flags(attention: &Attention, device: &CudaDevice) -> Result<Option<Tensor>> {
 
 pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forward> {
     let q = &inputs[0];
+    if attention.packing == Packing::None && wide::takes(attention, q) {
+        return wide::forward(attention, inputs);
+    }
     let device = cuda_device(NAME, q)?;
     let (batch, tokens, _) = q.dims3()?;
     let out = Buffer::new(&device, (batch, tokens, attention.channels(inputs)?), q.dtype())?;
@@ -223,6 +226,9 @@ impl GradientArguments {
 }
 
 pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+    if attention.packing == Packing::None && wide::takes(attention, &context.inputs[0]) {
+        return wide::backward(attention, context);
+    }
     let device = cuda_device(NAME, &context.inputs[0])?;
     let (mut arguments, buffers) = GradientArguments::new(attention, context)?;
     let stream = stream(&device);

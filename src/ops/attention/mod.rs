@@ -11,6 +11,8 @@ mod forward;
 #[cfg(test)]
 mod tests;
 mod view;
+#[cfg(feature = "cuda")]
+mod wide;
 
 use std::sync::Arc;
 

@@ -1,13 +1,15 @@
 //! A factor and a term for every channel.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
 use super::channels::check_per_channel;
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::Result;
 use crate::autograd::{Backward, Forward, Function, apply};
 
@@ -21,15 +23,7 @@ use crate::autograd::{Backward, Forward, Function, apply};
 pub fn channel_affine(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
     check_per_channel("channel_affine", x, "scale", scale)?;
     check_per_channel("channel_affine", x, "shift", shift)?;
-    match x.device().is_cpu() {
-        true => apply(ChannelAffine, &[x, scale, shift]),
-        false => composed(x, scale, shift),
-    }
-}
-
-/// The same of candle's operations, for devices without a kernel.
-fn composed(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    Ok(x.broadcast_mul(scale)?.broadcast_add(shift)?)
+    apply(ChannelAffine, &[x, scale, shift])
 }
 
 struct ChannelAffine;
@@ -40,10 +34,12 @@ impl Function for ChannelAffine {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(&inputs[0], &inputs[1], &inputs[2]));
         dispatch!("channel_affine", inputs[0], T => cpu::forward::<T>(&inputs[0], &inputs[1], &inputs[2]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("channel_affine", context.inputs[0], T => cpu::backward::<T>(context))
     }
 }

@@ -1,13 +1,14 @@
 //! Depthwise convolution, channels last: every channel has a kernel of its own.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::channels::strided;
-use super::support::{dispatch, same_kind};
+use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -48,33 +49,10 @@ pub fn depthwise_conv2d(
         let expected = format!("at least 1, and a kernel within {height} x {width}");
         return wrong("stride", expected, format!("{stride}, kernel {kernel_height} x {kernel_width}"));
     }
-    if !x.device().is_cpu() {
-        return composed(x, weight, bias, stride, padding);
-    }
     match bias {
         Some(bias) => apply(DepthwiseConv2d { stride, padding }, &[x, weight, bias]),
         None => apply(DepthwiseConv2d { stride, padding }, &[x, weight]),
     }
-}
-
-/// The same of candle's operations, for devices without a kernel: a sum of shifted images times a weight each.
-fn composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
-    let (kernel_height, kernel_width, channels) = weight.dims3()?;
-    let x = x.pad_with_zeros(1, padding, padding)?.pad_with_zeros(2, padding, padding)?;
-    let (batch, height, width, _) = x.dims4()?;
-    let (out_height, out_width) = ((height - kernel_height) / stride + 1, (width - kernel_width) / stride + 1);
-    let mut y = match bias {
-        Some(bias) => bias.broadcast_as((batch, out_height, out_width, channels))?,
-        None => Tensor::zeros((batch, out_height, out_width, channels), x.dtype(), x.device())?,
-    };
-    for dy in 0..kernel_height {
-        let rows = strided(&x, 1, dy, stride, out_height)?;
-        for dx in 0..kernel_width {
-            let shifted = strided(&rows, 2, dx, stride, out_width)?;
-            y = (y + shifted.broadcast_mul(&weight.get(dy)?.get(dx)?)?)?;
-        }
-    }
-    Ok(y)
 }
 
 struct DepthwiseConv2d {
@@ -88,10 +66,12 @@ impl Function for DepthwiseConv2d {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, &inputs[0], &inputs[1], inputs.get(2)));
         dispatch!("depthwise_conv2d", inputs[0], T => cpu::forward::<T>(self, &inputs[0], &inputs[1], inputs.get(2)))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("depthwise_conv2d", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,9 +1,35 @@
 use candle_core::{DType, Device, Tensor};
 
-use super::{composed, depthwise_conv2d};
+use super::depthwise_conv2d;
 use crate::Result;
 use crate::autograd::check_gradients;
 use crate::random::Address;
+
+/// `count` slices of a dimension: `first`, `first + stride`, ...
+fn strided(x: &Tensor, dim: usize, first: usize, stride: usize, count: usize) -> Result<Tensor> {
+    let indices: Vec<u32> = (0..count).map(|i| (first + i * stride) as u32).collect();
+    Ok(x.index_select(&Tensor::from_vec(indices, count, x.device())?, dim)?)
+}
+
+/// The same of candle's operations: a sum of shifted images times a weight each.
+fn composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    let (kernel_height, kernel_width, channels) = weight.dims3()?;
+    let x = x.pad_with_zeros(1, padding, padding)?.pad_with_zeros(2, padding, padding)?;
+    let (batch, height, width, _) = x.dims4()?;
+    let (out_height, out_width) = ((height - kernel_height) / stride + 1, (width - kernel_width) / stride + 1);
+    let mut y = match bias {
+        Some(bias) => bias.broadcast_as((batch, out_height, out_width, channels))?,
+        None => Tensor::zeros((batch, out_height, out_width, channels), x.dtype(), x.device())?,
+    };
+    for dy in 0..kernel_height {
+        let rows = strided(&x, 1, dy, stride, out_height)?;
+        for dx in 0..kernel_width {
+            let shifted = strided(&rows, 2, dx, stride, out_width)?;
+            y = (y + shifted.broadcast_mul(&weight.get(dy)?.get(dx)?)?)?;
+        }
+    }
+    Ok(y)
+}
 
 fn random(purpose: &'static str, shape: &[usize]) -> Result<Tensor> {
     Address::new(5, purpose).normal(shape, DType::F64, &Device::Cpu)

@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::scale::scaled;
 use super::storage;
 use crate::autograd::{Backward, Forward, Function, Value, apply};
 use crate::ops::support::same_kind;
@@ -38,6 +39,10 @@ impl Function for Add {
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
         let (a, b) = (&inputs[0], &inputs[1]);
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(a) {
+            return Ok(super::cuda::add_scaled(a, b, self.beta)?.into());
+        }
         let scaled = if self.beta == 1.0 { b.clone() } else { (b * self.beta)? };
         Ok(storage::add("add", a, &scaled, scaled.layout())?.into())
     }
@@ -46,7 +51,7 @@ impl Function for Add {
         let gradient = context.gradient()?;
         let of_b = match context.needs[1] {
             true if self.beta == 1.0 => Some(gradient.clone()),
-            true => Some((gradient * self.beta)?),
+            true => Some(scaled(gradient, self.beta)?),
             false => None,
         };
         Ok(vec![Some(gradient.clone()), of_b])

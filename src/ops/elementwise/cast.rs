@@ -22,6 +22,20 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     apply(Cast { from: x.dtype(), to: dtype }, &[x])
 }
 
+/// The dtype that losses, schedules and trained parameters are kept in beside activations of a dtype: f32 for bf16 and
+/// f16, else the same.
+pub(crate) fn wide_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::BF16 | DType::F16 => DType::F32,
+        other => other,
+    }
+}
+
+/// `x` in its [`wide_dtype`].
+pub(crate) fn widen(x: &Tensor) -> Result<Tensor> {
+    cast(x, wide_dtype(x.dtype()))
+}
+
 struct Cast {
     from: DType,
     to: DType,
@@ -33,11 +47,20 @@ impl Function for Cast {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(&inputs[0]) && super::cuda::is_kernel_dtype(self.to) {
+            return Ok(super::cuda::cast(&inputs[0], self.to)?.into());
+        }
         Ok(storage::cast("cast", &inputs[0], self.to)?.into())
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(context.gradient()?.to_dtype(self.from)?)])
+        let gradient = context.gradient()?;
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(gradient) && super::cuda::is_kernel_dtype(self.from) {
+            return Ok(vec![Some(super::cuda::cast_tensor(gradient, self.from)?)]);
+        }
+        Ok(vec![Some(gradient.to_dtype(self.from)?)])
     }
 
     fn uses(&self, _: Value, _: &[bool]) -> bool {

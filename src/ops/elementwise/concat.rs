@@ -37,6 +37,11 @@ impl Function for ConcatChannels {
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
         let (a, b) = (&inputs[0], &inputs[1]);
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(a) {
+            let shape = shape(a, self.widths.iter().sum()).into();
+            return Ok(super::cuda::concat(a, b, self.widths, shape)?.into());
+        }
         let ((a_storage, _), (b_storage, _)) = (a.storage_and_layout(), b.storage_and_layout());
         let storage = match (&*a_storage, &*b_storage) {
             (Storage::Cpu(left), Storage::Cpu(right)) => Storage::Cpu(concat([(left, a), (right, b)])?),
@@ -48,6 +53,10 @@ impl Function for ConcatChannels {
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         let gradient = context.gradient()?;
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(gradient) {
+            return Ok(super::cuda::split(gradient, self.widths, [context.needs[0], context.needs[1]])?.into());
+        }
         let [a, b] = self.widths;
         Ok(vec![Some(gradient.narrow(D::Minus1, 0, a)?), Some(gradient.narrow(D::Minus1, a, b)?)])
     }

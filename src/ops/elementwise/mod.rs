@@ -6,6 +6,8 @@
 mod add;
 mod cast;
 mod concat;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod layout;
 mod per_sample;
 mod scale;
@@ -16,6 +18,7 @@ mod views;
 
 pub use add::{add, add_scaled};
 pub use cast::cast;
+pub(crate) use cast::{wide_dtype, widen};
 pub use concat::concat_channels;
 pub use layout::{to_channels_first, to_channels_last};
 pub use per_sample::add_per_sample;

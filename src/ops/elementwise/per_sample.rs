@@ -53,6 +53,10 @@ impl Function for AddPerSample {
         if on_cpu(x) {
             return dispatch!("add_per_sample", x, T => forward::<T>(x, vectors));
         }
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(x) {
+            return Ok(super::cuda::add_per_sample(x, vectors)?.into());
+        }
         let (batch, _, channels) = sizes(x);
         let mut shape = vec![1; x.rank()];
         (shape[0], shape[x.rank() - 1]) = (batch, channels);
@@ -65,13 +69,7 @@ impl Function for AddPerSample {
         let of_vectors = match context.needs[1] {
             false => None,
             true if on_cpu(gradient) => Some(dispatch!("add_per_sample", gradient, T => sum_of_places::<T>(gradient))?),
-            true => {
-                // A product with ones: it sums in f32 whatever the dtype, which candle's sum does not.
-                let (batch, places, channels) = sizes(gradient);
-                let ones = Tensor::ones((batch, 1, places), gradient.dtype(), gradient.device())?;
-                let sums = ones.matmul(&gradient.reshape((batch, places, channels))?)?;
-                Some(sums.reshape((batch, channels))?)
-            }
+            true => Some(sum_of_places_elsewhere(gradient)?),
         };
         Ok(vec![Some(gradient.clone()), of_vectors])
     }
@@ -106,4 +104,14 @@ fn sum_of_places<T: Real>(gradient: &Tensor) -> Result<Tensor> {
         }
     });
     tensor(sums, (batch, channels))
+}
+
+/// The same on other devices and in other dtypes.
+fn sum_of_places_elsewhere(gradient: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::takes(gradient) {
+        return crate::cuda::sum_positions(gradient, true);
+    }
+    let (batch, places, channels) = sizes(gradient);
+    Ok(gradient.reshape((batch, places, channels))?.sum(1)?)
 }

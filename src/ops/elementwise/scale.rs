@@ -27,14 +27,27 @@ impl Function for Scale {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(&inputs[0]) {
+            return Ok(super::cuda::scale(&inputs[0], self.factor)?.into());
+        }
         Ok(storage::scale("scale", &inputs[0], self.factor)?.into())
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some((context.gradient()? * self.factor)?)])
+        Ok(vec![Some(scaled(context.gradient()?, self.factor)?)])
     }
 
     fn uses(&self, _: Value, _: &[bool]) -> bool {
         false
     }
+}
+
+/// `x * factor` of a contiguous gradient.
+pub(super) fn scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::takes(x) {
+        return super::cuda::scaled(x, factor);
+    }
+    Ok((x * factor)?)
 }

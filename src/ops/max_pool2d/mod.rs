@@ -1,13 +1,14 @@
 //! Maximum pooling, channels last.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
-use super::channels::strided;
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
 
@@ -29,25 +30,7 @@ pub fn max_pool2d(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
         let expected = format!("1 to {}, and a stride of at least 1", height.min(width));
         return Err(Error::argument("max_pool2d", "kernel", expected, format!("{kernel}, stride {stride}")));
     }
-    match x.device().is_cpu() {
-        true => apply(MaxPool2d { kernel, stride }, &[x]),
-        false => composed(x, kernel, stride),
-    }
-}
-
-/// The same of candle's operations, for devices without a kernel: the maximum of the shifted images.
-fn composed(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
-    let (_, height, width, _) = x.dims4()?;
-    let (out_height, out_width) = ((height - kernel) / stride + 1, (width - kernel) / stride + 1);
-    let mut largest: Option<Tensor> = None;
-    for (dy, dx) in (0..kernel).flat_map(|dy| (0..kernel).map(move |dx| (dy, dx))) {
-        let shifted = strided(&strided(x, 1, dy, stride, out_height)?, 2, dx, stride, out_width)?;
-        largest = Some(match largest {
-            Some(largest) => largest.maximum(&shifted)?,
-            None => shifted,
-        });
-    }
-    largest.ok_or_else(|| Error::argument("max_pool2d", "kernel", "at least 1", "0"))
+    apply(MaxPool2d { kernel, stride }, &[x])
 }
 
 struct MaxPool2d {
@@ -61,10 +44,12 @@ impl Function for MaxPool2d {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(self, &inputs[0]));
         dispatch!("max_pool2d", inputs[0], T => cpu::forward::<T>(self, &inputs[0]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("max_pool2d", context.inputs[0], T => cpu::backward::<T>(self, context))
     }
 }

@@ -1,9 +1,30 @@
 use candle_core::{DType, Device, Tensor};
 
-use super::{composed, max_pool2d};
+use super::max_pool2d;
 use crate::Result;
 use crate::autograd::check_gradients;
 use crate::random::Address;
+
+/// `count` slices of a dimension: `first`, `first + stride`, ...
+fn strided(x: &Tensor, dim: usize, first: usize, stride: usize, count: usize) -> Result<Tensor> {
+    let indices: Vec<u32> = (0..count).map(|i| (first + i * stride) as u32).collect();
+    Ok(x.index_select(&Tensor::from_vec(indices, count, x.device())?, dim)?)
+}
+
+/// The same of candle's operations: the maximum of the shifted images.
+fn composed(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
+    let (_, height, width, _) = x.dims4()?;
+    let (out_height, out_width) = ((height - kernel) / stride + 1, (width - kernel) / stride + 1);
+    let mut largest: Option<Tensor> = None;
+    for (dy, dx) in (0..kernel).flat_map(|dy| (0..kernel).map(move |dx| (dy, dx))) {
+        let shifted = strided(&strided(x, 1, dy, stride, out_height)?, 2, dx, stride, out_width)?;
+        largest = Some(match largest {
+            Some(largest) => largest.maximum(&shifted)?,
+            None => shifted,
+        });
+    }
+    Ok(largest.unwrap())
+}
 
 fn random(shape: [usize; 4]) -> Result<Tensor> {
     Address::new(5, "x").normal(&shape, DType::F64, &Device::Cpu)

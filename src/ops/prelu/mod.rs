@@ -1,13 +1,15 @@
 //! The rectifier with a learnt slope for negative values (He et al. 2015).
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
 
 use super::channels::check_per_channel;
-use super::support::dispatch;
+use super::support::{dispatch, on_cuda};
 use crate::Result;
 use crate::autograd::{Backward, Forward, Function, apply};
 
@@ -20,15 +22,7 @@ use crate::autograd::{Backward, Forward, Function, apply};
 /// [`Error::Argument`](crate::Error::Argument) where shapes, dtypes or devices do not fit.
 pub fn prelu(x: &Tensor, slope: &Tensor) -> Result<Tensor> {
     check_per_channel("prelu", x, "slope", slope)?;
-    match x.device().is_cpu() {
-        true => apply(Prelu, &[x, slope]),
-        false => composed(x, slope),
-    }
-}
-
-/// The same of candle's operations, for devices without a kernel.
-fn composed(x: &Tensor, slope: &Tensor) -> Result<Tensor> {
-    Ok((x.relu()? - x.neg()?.relu()?.broadcast_mul(slope)?)?)
+    apply(Prelu, &[x, slope])
 }
 
 struct Prelu;
@@ -39,10 +33,12 @@ impl Function for Prelu {
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        on_cuda!(inputs[0] => cuda::forward(&inputs[0], &inputs[1]));
         dispatch!("prelu", inputs[0], T => cpu::forward::<T>(&inputs[0], &inputs[1]))
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        on_cuda!(context.inputs[0] => cuda::backward(context));
         dispatch!("prelu", context.inputs[0], T => cpu::backward::<T>(context))
     }
 }

@@ -79,7 +79,7 @@ impl Moments {
         })
     }
 
-    /// Both moments as tensors of the variable's shape.
+    /// Both moments as tensors of the variable's shape, on the CPU.
     pub(super) fn tensors(&self, variable: &Var) -> Result<(Tensor, Tensor)> {
         let shape = variable.shape();
         Ok(match self {
@@ -89,7 +89,8 @@ impl Moments {
             Moments::F64(first, second) => {
                 (Tensor::from_slice(first, shape, &Device::Cpu)?, Tensor::from_slice(second, shape, &Device::Cpu)?)
             }
-            Moments::Tensors(first, second) => (first.clone(), second.clone()),
+            // Copies: an update changes the moments in place.
+            Moments::Tensors(first, second) => (on_cpu(first)?, on_cpu(second)?),
         })
     }
 
@@ -101,6 +102,11 @@ impl Moments {
             Moments::Tensors(first, second) => update_by_ops(variable, gradient, first, second, update),
         }
     }
+}
+
+/// A copy on the CPU, that shares nothing with the tensor.
+fn on_cpu(tensor: &Tensor) -> Result<Tensor> {
+    Ok(if tensor.device().is_cpu() { tensor.copy()? } else { tensor.to_device(&Device::Cpu)? })
 }
 
 /// A number the fused update computes in.
