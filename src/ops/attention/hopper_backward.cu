@@ -116,7 +116,7 @@ extern "C" size_t lcm_attention_backward_hopper_workspace(const LcmAttentionGrad
 }
 
 // Returns 0, a cudaError_t, or -1 where another kernel must take the call: another head_dim, dtype or device, a causal mask, rows not in multiples of 16 bytes,
-// gradients of nothing, or too little workspace.
+// or too little workspace. Nothing wanted is nothing done.
 extern "C" int lcm_attention_backward_hopper(const LcmAttentionGradient *args, cudaStream_t stream) {
   const LcmAttentionGradient &a = *args;
   const LcmAttention &f = a.forward;
