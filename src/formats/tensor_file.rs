@@ -264,7 +264,12 @@ impl TensorFile {
             dtype => {
                 let dtype = dtype.candle().ok_or_else(unsupported)?;
                 #[cfg(feature = "cuda")]
-                if let (Device::Cuda(device), 1.., DType::F32 | DType::BF16 | DType::F16) = (device, length, dtype) {
+                if let (
+                    Device::Cuda(device),
+                    1..,
+                    candle_core::DType::F32 | candle_core::DType::BF16 | candle_core::DType::F16,
+                ) = (device, length, dtype)
+                {
                     return crate::cuda::upload_bytes(device, bytes, dtype, &info.shape);
                 }
                 match length {
