@@ -120,7 +120,15 @@ fn modified(path: &Path) -> SystemTime {
 
 fn compile_one(nvcc: &Path, source: &Path, object: &Path, architectures: &[String]) -> Result<()> {
     let mut command = Command::new(nvcc);
-    command.args(["-c", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]);
+    // No exceptions and no guarded statics: the launchers then need nothing of the C++ runtime library.
+    command.args([
+        "-c",
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        "-Xcompiler",
+        "-fPIC,-fno-exceptions,-fno-threadsafe-statics",
+    ]);
     for architecture in architectures {
         command.arg("-gencode").arg(architecture);
     }

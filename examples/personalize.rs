@@ -12,6 +12,7 @@ use image::imageops::FilterType;
 use image::{DynamicImage, RgbImage};
 use indicatif::ProgressBar;
 use lcm_lookahead::data::{Crop, load_image, resize_and_crop, save_png, to_tensor};
+use lcm_lookahead::models::unet::FreeU;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::{AdapterInit, ContactSheet, checkpoint};
 use lcm_lookahead::{Base, Guidance, Personalizer, SamplerKind};
@@ -66,6 +67,9 @@ struct Arguments {
     /// Denoising steps [default: 30; with lcm 4]
     #[arg(long)]
     steps: Option<usize>,
+    /// FreeU in the denoiser, with the factors of the paper's authors.
+    #[arg(long)]
+    freeu: bool,
     /// Plain classifier-free guidance of this scale, instead of the encoder's own form [default: 5, where the encoder
     /// has no KV branch]
     #[arg(long, value_name = "SCALE", conflicts_with_all = ["guidance_scale_nokv", "guidance_scale_full", "guidance_scale_kv"])]
@@ -155,6 +159,7 @@ fn options(arguments: &Arguments, defaults: Options) -> anyhow::Result<Options> 
     Ok(Options {
         seed: arguments.seed,
         steps: arguments.steps.unwrap_or(if lcm { 4 } else { 30 }),
+        freeu: arguments.freeu.then(FreeU::official),
         sampler: arguments.sampler,
         guidance,
         use_reference: !arguments.no_kv,

@@ -137,7 +137,7 @@ fn compressed_members_are_refused_whatever_they_claim() -> Result<()> {
 
 #[test]
 fn every_way_of_cutting_a_file_off_is_noticed() -> Result<()> {
-    for name in ["tensors.pth", "ip_adapter.bin", "tensors.safetensors", "model.onnx"] {
+    for name in ["tensors.pth", "legacy.pth", "ip_adapter.bin", "tensors.safetensors", "model.onnx"] {
         let whole = std::fs::read(fixture(name))?;
         let step = (whole.len() / 97).max(1);
         for length in (0..whole.len()).step_by(step) {
@@ -150,7 +150,7 @@ fn every_way_of_cutting_a_file_off_is_noticed() -> Result<()> {
 
 #[test]
 fn flipped_bytes_never_panic() -> Result<()> {
-    for name in ["tensors.pth", "tensors.safetensors", "model.onnx"] {
+    for name in ["tensors.pth", "legacy.pth", "tensors.safetensors", "model.onnx"] {
         let whole = std::fs::read(fixture(name))?;
         let folder = tempfile::tempdir()?;
         let path = folder.path().join(name);
@@ -195,9 +195,9 @@ fn safetensors_headers_that_lie_are_refused() -> Result<()> {
 }
 
 #[test]
-fn old_formats_pointers_and_other_files_are_told_apart() -> Result<()> {
-    let legacy = refused("legacy.pth", &std::fs::read(fixture("legacy.pth"))?)?;
-    ensure!(legacy.contains("before version 1.6"), "{legacy}");
+fn pickles_pointers_and_other_files_are_told_apart() -> Result<()> {
+    let bare = refused("x.pkl", b"\x80\x02cposix\nsystem\n.")?;
+    ensure!(bare.contains("a bare pickle"), "{bare}");
     let pointer = refused("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n");
     ensure!(pointer.is_ok(), "{pointer:?}");
     let pointer = refused("model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")?;

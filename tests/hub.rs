@@ -38,6 +38,10 @@ struct Faults {
     no_ranges: bool,
     /// Refuses requests without this token.
     token: Option<String>,
+    /// Knows the repository under another name only, to which it redirects.
+    renamed: bool,
+    /// Announces files as small ones, by git's checksum.
+    small: bool,
     /// The commit it names.
     commit: Option<String>,
     /// Sends large files through a redirect to this origin.
@@ -127,16 +131,25 @@ fn answer(
     if faults.token.as_ref().is_some_and(|token| request.token.as_deref() != Some(&format!("Bearer {token}"))) {
         return reply("401 Unauthorized", "Content-Length: 0\r\n", b"");
     }
+    if faults.renamed && path.starts_with(&format!("/{REPOSITORY}/")) {
+        let headers = format!("Location: /owner/renamed/resolve/main/{FILE}\r\nContent-Length: 0\r\n");
+        return reply("307 Temporary Redirect", &headers, b"");
+    }
+    let path = path.replace("/owner/renamed/", &format!("/{REPOSITORY}/"));
     let name = path.strip_prefix(&format!("/{REPOSITORY}/resolve/main/")).or_else(|| path.strip_prefix("/elsewhere/"));
     let Some(content) = name.and_then(|name| files.get(name)) else {
         return reply("404 Not Found", "Content-Length: 0\r\n", b"");
     };
     let commit = faults.commit.as_deref().unwrap_or(COMMIT);
-    let about = format!(
-        "X-Repo-Commit: {commit}\r\nX-Linked-Etag: \"{}\"\r\nX-Linked-Size: {}\r\nETag: \"another\"\r\n",
-        sha256(content),
-        content.len()
-    );
+    let about = if faults.small {
+        format!("X-Repo-Commit: {commit}\r\nETag: W/\"{COMMIT}\"\r\n")
+    } else {
+        format!(
+            "X-Repo-Commit: {commit}\r\nX-Linked-Etag: \"{}\"\r\nX-Linked-Size: {}\r\nETag: \"another\"\r\n",
+            sha256(content),
+            content.len()
+        )
+    };
     if let Some(elsewhere) = faults.elsewhere.as_ref().filter(|_| !path.starts_with("/elsewhere/")) {
         let headers = format!("{about}Location: {elsewhere}/elsewhere/{FILE}\r\nContent-Length: 0\r\n");
         return reply("302 Found", &headers, b"");
@@ -163,7 +176,7 @@ fn answer(
 }
 
 fn content() -> Vec<u8> {
-    (0..700_000u32).map(|i| (i * i >> 7) as u8).collect()
+    (0..700_000u64).map(|i| ((i * i) >> 7) as u8).collect()
 }
 
 fn blobs(home: &Path) -> Result<Vec<PathBuf>> {
@@ -222,6 +235,17 @@ fn a_server_that_ignores_ranges_sends_the_whole_again() -> Result<()> {
     let (home, content) = (tempfile::tempdir()?, content());
     let server = Server::one(&content, Faults { cut: 1, no_ranges: true, ..Faults::default() })?;
     assert_eq!(std::fs::read(server.hub(home.path())?.file(REPOSITORY, FILE)?)?, content);
+    Ok(())
+}
+
+#[test]
+fn redirects_of_renamed_repositories_and_small_files_are_understood() -> Result<()> {
+    let content = content();
+    for faults in [Faults { renamed: true, ..Faults::default() }, Faults { small: true, ..Faults::default() }] {
+        let home = tempfile::tempdir()?;
+        let server = Server::one(&content, faults)?;
+        assert_eq!(std::fs::read(server.hub(home.path())?.file(REPOSITORY, FILE)?)?, content);
+    }
     Ok(())
 }
 

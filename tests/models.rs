@@ -44,6 +44,7 @@ impl Case {
         ensure!(found.dims() == expected.dims(), "{name}: shape {:?}, expected {:?}", found.dims(), expected.dims());
         let norm = |x: Tensor| -> Result<f64> { Ok(x.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
         let error = norm((found - expected)?)? / norm(expected.clone())?;
+        println!("{}.{name}: relative error {error:.1e}", self.name);
         ensure!(error < RELATIVE, "{}.{name}: relative error {error:e}", self.name);
         Ok(())
     }

@@ -4,6 +4,7 @@ mod attention;
 mod compare;
 mod measure;
 mod networks;
+mod sampling;
 mod training;
 mod unet;
 
@@ -45,6 +46,7 @@ enum Part {
     Attention,
     Unet,
     Training,
+    Sampling,
 }
 
 fn main() -> ExitCode {
@@ -69,6 +71,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if wanted(Part::Training) {
         training::measure(&mut report, &arguments.batch)?;
+    }
+    if wanted(Part::Sampling) {
+        sampling::measure(&mut report)?;
     }
     Ok(())
 }

@@ -36,22 +36,26 @@ impl Report {
     ) -> Result<f64> {
         cuda::memory_use(&self.device, true)?;
         let seconds = median(&self.device, repeats, &mut run)?;
+        self.print(what, operations, seconds)?;
+        Ok(seconds)
+    }
+
+    fn print(&self, what: &str, operations: f64, seconds: f64) -> Result<()> {
         let memory = cuda::memory_use(&self.device, false)?;
         let rate = operations / seconds;
-        println!(
-            "{what}: {:.3} ms, {:.0} TFLOP/s, {:.0} % of the ceiling, peak {:.1} GiB",
-            seconds * 1e3,
-            rate / 1e12,
-            100.0 * rate / self.ceiling,
-            memory.peak as f64 / f64::from(1 << 30)
-        );
-        Ok(seconds)
+        let share = match operations {
+            0.0 => String::new(),
+            _ => format!("{:.0} TFLOP/s, {:.0} % of the ceiling, ", rate / 1e12, 100.0 * rate / self.ceiling),
+        };
+        let peak = memory.peak as f64 / f64::from(1 << 30);
+        println!("{what}: {:.3} ms, {share}peak {peak:.1} GiB", seconds * 1e3);
+        Ok(())
     }
 }
 
-/// Median seconds of a function's work on the GPU, after three runs to warm up.
+/// Median seconds of a function's work on the GPU, after three runs to warm up (one where it is measured once).
 pub fn median(device: &Device, repeats: usize, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
-    for _ in 0..3 {
+    for _ in 0..if repeats > 1 { 3 } else { 1 } {
         run()?;
     }
     let mut times = Vec::with_capacity(repeats);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
+use candle_core::cuda_backend::cudarc::driver::result as driver;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use candle_core::{CudaDevice, DType, Tensor};
 
@@ -356,27 +357,56 @@ fn may_overwrite(product: &Gemm) -> bool {
 /// `weight + scale * up . down`, in fresh memory: `weight` has as many rows as `up`, `(rows, rank)`; `down` has `rank`
 /// rows of the rest of the weight.
 pub(crate) fn add_low_rank(weight: &Tensor, up: &Tensor, down: &Tensor, scale: f64) -> Result<Tensor> {
+    stack_low_rank(weight, &[(weight, Some((up, down, scale)))])
+}
+
+/// The parts of a weight, which lie one after the other in it, each with its `scale * up . down` added where it has one;
+/// in fresh memory.
+pub(crate) fn stack_low_rank(whole: &Tensor, parts: &[(&Tensor, Option<(&Tensor, &Tensor, f64)>)]) -> Result<Tensor> {
     let name = "merging a LoRA";
-    let (rows, rank) = (weight.dims()[0], down.dims()[0]);
-    let columns = weight.elem_count() / rows.max(1);
-    if up.elem_count() != rows * rank || down.elem_count() != rank * columns {
-        let expected = format!("up ({rows}, {rank}) and down ({rank}, {columns})");
-        return Err(Error::argument(name, "LoRA", expected, format!("{:?} and {:?}", up.dims(), down.dims())));
+    let device = cuda_device(name, whole)?;
+    let merged = Buffer::like(name, whole)?;
+    let mut start = 0;
+    for (weight, low_rank) in parts {
+        let out = merged.pointer().wrapping_byte_add(start);
+        let bytes = weight.elem_count() * weight.dtype().size_in_bytes();
+        start += bytes;
+        if start > whole.elem_count() * whole.dtype().size_in_bytes() {
+            return Err(Error::argument(name, "parts", "parts of the weight", "more than the weight"));
+        }
+        let Some((up, down, scale)) = low_rank else {
+            // SAFETY: part and destination are as many bytes, both alive on this stream.
+            unsafe {
+                driver::memcpy_dtod_async(
+                    out as u64,
+                    pointer(name, weight)? as u64,
+                    bytes,
+                    device.cuda_stream().cu_stream(),
+                )
+            }
+            .map_err(|error| Error::device(name, error.to_string()))?;
+            continue;
+        };
+        let (rows, rank) = (weight.dims()[0], down.dims()[0]);
+        let columns = weight.elem_count() / rows.max(1);
+        if up.elem_count() != rows * rank || down.elem_count() != rank * columns {
+            let expected = format!("up ({rows}, {rank}) and down ({rank}, {columns})");
+            return Err(Error::argument(name, "LoRA", expected, format!("{:?} and {:?}", up.dims(), down.dims())));
+        }
+        gemm(
+            &device,
+            &Gemm {
+                dtype: weight.dtype(),
+                left: Operand::new(pointer(name, up)?, rows, rank),
+                right: Operand::new(pointer(name, down)?, rank, columns),
+                scale: *scale as f32,
+                addend: Some(pointer(name, weight)?),
+                bias: None,
+                out,
+                out_dtype: weight.dtype(),
+                batch: (1, [0; 3]),
+            },
+        )?;
     }
-    let merged = Buffer::like(name, weight)?;
-    gemm(
-        &cuda_device(name, weight)?,
-        &Gemm {
-            dtype: weight.dtype(),
-            left: Operand::new(pointer(name, up)?, rows, rank),
-            right: Operand::new(pointer(name, down)?, rank, columns),
-            scale: scale as f32,
-            addend: Some(pointer(name, weight)?),
-            bias: None,
-            out: merged.pointer(),
-            out_dtype: weight.dtype(),
-            batch: (1, [0; 3]),
-        },
-    )?;
     Ok(merged.into_tensor())
 }

@@ -1,5 +1,6 @@
 //! Opening a GPU, and what it says about its memory.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
@@ -113,6 +114,14 @@ pub fn deterministic() -> bool {
 /// matrix products take the algorithm cuBLASLt proposes instead of the one that was fastest when timed.
 pub fn set_deterministic(on: bool) {
     DETERMINISTIC.store(on, Ordering::Relaxed);
+}
+
+/// Whether the environment variable `LCM_LOOKAHEAD_AVOID` names a family of kernels (`hopper-attention`, `hopper-conv`,
+/// separated by commas), for which the portable ones are then used: a way to tell which kernel a fault is in.
+pub(crate) fn avoids(family: &str) -> bool {
+    static AVOIDED: OnceLock<String> = OnceLock::new();
+    let avoided = AVOIDED.get_or_init(|| std::env::var("LCM_LOOKAHEAD_AVOID").unwrap_or_default());
+    avoided.split(',').any(|name| name.trim() == family)
 }
 
 /// Waits until all work of a device is done. The CPU is always done.

@@ -10,12 +10,15 @@ mod device;
 mod graph;
 mod memory;
 mod reduce;
+mod upload;
 
-pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm};
+pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm, stack_low_rank};
+pub(crate) use device::avoids;
 pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize};
 pub use graph::Graph;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
+pub(crate) use upload::upload_bytes;
 
 use crate::{Error, Result};
 

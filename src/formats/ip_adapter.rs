@@ -7,8 +7,9 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
+use super::info::TensorInfo;
 use super::pytorch::{self, Node};
-use super::tensor_file::{TensorFile, TensorInfo, format_error};
+use super::tensor_file::{TensorFile, format_error};
 use super::{Expected, StoredDtype, safetensors};
 use crate::models::ip_adapter::IpAdapter;
 use crate::models::resampler::{self, Resampler};

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::tensor_file::{Contents, Entry, Place, StoredDtype, TensorInfo, format_error};
+use super::info::{StoredDtype, TensorInfo};
+use super::tensor_file::{Contents, Entry, Place, format_error};
 use crate::{Error, Result};
 
 // Field numbers of onnx.proto.
@@ -19,6 +20,9 @@ const TENSOR_NAME: u64 = 8;
 const TENSOR_RAW_DATA: u64 = 9;
 const TENSOR_DOUBLE_DATA: u64 = 10;
 const TENSOR_DATA_LOCATION: u64 = 14;
+
+/// Whole numbers that are not in `raw_data` are shapes and indices: few.
+const MOST_DECODED: usize = 64 << 20;
 
 /// A field of a message: its number, and a number or the place of its bytes.
 enum Field {
@@ -129,9 +133,16 @@ fn tensor(path: &Path, mut message: Message<'_>) -> Result<(String, Entry)> {
                 name = std::str::from_utf8(&bytes[at..end]).map_err(|_| damaged())?.to_string();
             }
             Field::Bytes(TENSOR_RAW_DATA, at, end) => data.raw = Some((at, end)),
-            // Packed, one field holds all; unpacked, each number is a field.
+            // Packed, one field holds all, as it would lie in `raw_data`; unpacked, each number is a field.
             Field::Bytes(TENSOR_FLOAT_DATA | TENSOR_DOUBLE_DATA, at, end) => {
-                data.decoded.extend_from_slice(&bytes[at..end]);
+                if data.raw.is_none() && data.decoded.is_empty() {
+                    data.raw = Some((at, end));
+                } else {
+                    if let Some((at, end)) = data.raw.take() {
+                        data.decoded.extend_from_slice(&bytes[at..end]);
+                    }
+                    data.decoded.extend_from_slice(&bytes[at..end]);
+                }
             }
             Field::Number(TENSOR_INT64_DATA, number) => data.decoded.extend(number.to_le_bytes()),
             Field::Bytes(TENSOR_INT64_DATA, mut at, end) => {
@@ -149,6 +160,10 @@ fn tensor(path: &Path, mut message: Message<'_>) -> Result<(String, Entry)> {
             }
             Field::Number(TENSOR_INT32_DATA, number) => data.decoded.extend((number as u32).to_le_bytes()),
             _ => {}
+        }
+        // Numbers of variable length are longer decoded than stored.
+        if data.decoded.len() > MOST_DECODED {
+            return Err(format_error(path, format!("more than {MOST_DECODED} bytes outside of `raw_data`")));
         }
     }
     let dtype = match kind {

@@ -7,11 +7,12 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde::Deserialize;
 
-use super::tensor_file::{Contents, Entry, Place, StoredDtype, TensorInfo, format_error};
+use super::info::{StoredDtype, TensorInfo};
+use super::tensor_file::{Contents, Entry, Place, format_error};
 use crate::{Error, Result};
 
-/// As long as the reference implementation lets a header be.
-const MOST_HEADER: u64 = 100_000_000;
+/// SDXL's U-Net has a header of 200 KB. The reference implementation allows 100 MB, which would take some GB to parse.
+const MOST_HEADER: u64 = 32 << 20;
 
 #[derive(Deserialize)]
 struct Header {
@@ -127,7 +128,7 @@ pub fn write(
         );
     }
     let mut header = serde_json::Value::Object(header).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     write_whole(path, |file| {
@@ -161,9 +162,12 @@ pub(super) fn stored_dtype(path: &Path, name: &str, tensor: &Tensor) -> Result<S
 pub(super) fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
     use candle_core::DType;
     macro_rules! bytes {
-        ($kind:ty) => {
-            tensor.flatten_all()?.to_vec1::<$kind>()?.into_iter().flat_map(|number| number.to_le_bytes()).collect()
-        };
+        ($kind:ty) => {{
+            let numbers = tensor.flatten_all()?.to_vec1::<$kind>()?;
+            let mut bytes = Vec::with_capacity(numbers.len() * size_of::<$kind>());
+            numbers.iter().for_each(|number| bytes.extend_from_slice(&number.to_le_bytes()));
+            bytes
+        }};
     }
     Ok(match tensor.dtype() {
         DType::U8 => tensor.flatten_all()?.to_vec1::<u8>()?,

@@ -5,118 +5,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use memmap2::Mmap;
 
+use super::info::{StoredDtype, TensorInfo};
 use super::{onnx, pytorch, safetensors};
 use crate::{Error, Result};
-
-/// How a tensor's numbers are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoredDtype {
-    /// Truth values of one byte; loaded as u8.
-    Bool,
-    /// Loaded as itself.
-    U8,
-    /// Loaded as i64.
-    I8,
-    /// Loaded as itself.
-    I16,
-    /// Loaded as itself.
-    I32,
-    /// Loaded as itself.
-    I64,
-    /// Half precision.
-    F16,
-    /// bfloat16.
-    BF16,
-    /// Single precision.
-    F32,
-    /// Double precision.
-    F64,
-    /// Any other type, of this many bytes; it is listed, but cannot be loaded.
-    Other(usize),
-}
-
-impl StoredDtype {
-    /// Bytes of a number.
-    pub fn size(self) -> usize {
-        match self {
-            Self::Bool | Self::U8 | Self::I8 => 1,
-            Self::I16 | Self::F16 | Self::BF16 => 2,
-            Self::I32 | Self::F32 => 4,
-            Self::I64 | Self::F64 => 8,
-            Self::Other(size) => size,
-        }
-    }
-
-    /// The type as safetensors names it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bool => "BOOL",
-            Self::U8 => "U8",
-            Self::I8 => "I8",
-            Self::I16 => "I16",
-            Self::I32 => "I32",
-            Self::I64 => "I64",
-            Self::F16 => "F16",
-            Self::BF16 => "BF16",
-            Self::F32 => "F32",
-            Self::F64 => "F64",
-            Self::Other(_) => "a type that is not supported",
-        }
-    }
-
-    /// candle's type, where candle has it.
-    pub fn candle(self) -> Option<DType> {
-        Some(match self {
-            Self::Bool | Self::U8 => DType::U8,
-            Self::I16 => DType::I16,
-            Self::I32 => DType::I32,
-            Self::I64 => DType::I64,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-            Self::F32 => DType::F32,
-            Self::F64 => DType::F64,
-            Self::I8 | Self::Other(_) => return None,
-        })
-    }
-
-    /// The stored form of candle's type.
-    pub fn of(dtype: DType) -> Option<Self> {
-        Some(match dtype {
-            DType::U8 => Self::U8,
-            DType::I16 => Self::I16,
-            DType::I32 => Self::I32,
-            DType::I64 => Self::I64,
-            DType::F16 => Self::F16,
-            DType::BF16 => Self::BF16,
-            DType::F32 => Self::F32,
-            DType::F64 => Self::F64,
-            _ => return None,
-        })
-    }
-}
-
-/// What a file says of a tensor.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// The tensor's shape.
-    pub shape: Vec<usize>,
-    /// How its numbers are stored.
-    pub dtype: StoredDtype,
-}
-
-impl TensorInfo {
-    /// How many numbers; `None` where that is more than a machine can count.
-    pub(super) fn elements(&self) -> Option<usize> {
-        self.shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size))
-    }
-
-    fn bytes(&self) -> Option<usize> {
-        self.elements()?.checked_mul(self.dtype.size())
-    }
-}
 
 /// Where a tensor's numbers lie.
 #[derive(Clone, Debug)]
@@ -171,10 +65,8 @@ impl Part {
         let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         match bytes {
             [b'P', b'K', 3 | 5, ..] => pytorch::contents(path, bytes),
-            [0x80, 2..=5, ..] => Err(format_error(
-                path,
-                "PyTorch's old format (before version 1.6), which is not read; save it anew with torch.save",
-            )),
+            _ if bytes.starts_with(pytorch::LEGACY_MAGIC) => pytorch::legacy_contents(path, bytes),
+            [0x80, 2..=5, ..] => Err(format_error(path, "a bare pickle, which is no file of tensors")),
             _ if extension.eq_ignore_ascii_case("onnx") => onnx::contents(path, bytes),
             [_, _, _, _, _, _, _, _, b'{', ..] => safetensors::contents(path, bytes),
             _ if extension.eq_ignore_ascii_case("safetensors") => safetensors::contents(path, bytes),
@@ -227,7 +119,7 @@ pub struct TensorFile {
 }
 
 impl TensorFile {
-    /// Opens a file: safetensors, PyTorch's zip format (nested dictionaries become names with dots), ONNX, or the
+    /// Opens a file: safetensors, PyTorch's formats (nested dictionaries become names with dots), ONNX, or the
     /// `.index.json` of a sharded checkpoint. The format is told by the content.
     ///
     /// # Errors
@@ -254,7 +146,7 @@ impl TensorFile {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let text = read_text(index, 64 << 20)?;
+        let text = read_text(index, 16 << 20)?;
         let Index { weight_map } = serde_json::from_str(&text)
             .map_err(|error| format_error(index, format!("not the index of a sharded checkpoint: {error}")))?;
         let folder = index.parent().unwrap_or(Path::new(""));
@@ -371,6 +263,15 @@ impl TensorFile {
             }
             dtype => {
                 let dtype = dtype.candle().ok_or_else(unsupported)?;
+                #[cfg(feature = "cuda")]
+                if let (
+                    Device::Cuda(device),
+                    1..,
+                    candle_core::DType::F32 | candle_core::DType::BF16 | candle_core::DType::F16,
+                ) = (device, length, dtype)
+                {
+                    return crate::cuda::upload_bytes(device, bytes, dtype, &info.shape);
+                }
                 match length {
                     0 => Tensor::zeros(info.shape.as_slice(), dtype, device)?,
                     _ => Tensor::from_raw_buffer(bytes, dtype, &info.shape, device)?,

@@ -171,11 +171,12 @@ impl<'a> Client<'a> {
         for _ in 0..MOST_REDIRECTS {
             let response = self.send(true, &address, 0)?;
             self.check(&response, repository)?;
-            if let Some(target) = self.redirected(&address, &response)? {
-                if header(&response, "x-linked-etag").is_none() && origin(&target) == origin(&address) {
-                    address = target;
-                    continue;
-                }
+            if let Some(target) = self.redirected(&address, &response)?
+                && header(&response, "x-linked-etag").is_none()
+                && origin(&target) == origin(&address)
+            {
+                address = target;
+                continue;
             }
             let clean = |etag: &str| etag.trim_start_matches("W/").trim_matches('"').to_lowercase();
             let etag = header(&response, "x-linked-etag").or_else(|| header(&response, "etag")).map(clean);

@@ -17,6 +17,7 @@ mod face_encoder;
 mod identity_loss;
 mod kv_encoder;
 mod loss;
+mod lpips_loss;
 mod preview;
 
 pub use alignment::LoraScale;
@@ -25,4 +26,5 @@ pub use face_encoder::{AdapterTokens, FaceEncoder, FaceEncoderConfig};
 pub use identity_loss::IdentityLoss;
 pub use kv_encoder::{KvEncoder, KvEncoderConfig};
 pub use loss::{ImageLoss, LossValue};
+pub use lpips_loss::LpipsLoss;
 pub use preview::{PreviewForm, preview};

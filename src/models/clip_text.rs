@@ -126,7 +126,12 @@ impl ClipText {
             activation: config.hidden_act,
         };
         shape.check("clip_text")?;
-        let model = weights.pp("text_model");
+        // transformers 5 writes a text encoder without projection without this prefix.
+        let embedding = "embeddings.token_embedding.weight";
+        let model = match weights.contains(embedding) && !weights.contains(&format!("text_model.{embedding}")) {
+            true => weights.clone(),
+            false => weights.pp("text_model"),
+        };
         let (embeddings, width) = (model.pp("embeddings"), config.hidden_size);
         let text_projection = match config.projection_dim {
             Some(dim) => Some(Linear::load(width, dim, false, &weights.pp("text_projection"))?),
@@ -248,6 +253,21 @@ mod tests {
         ] {
             assert_eq!(shapes.get(name), Some(&shape), "{name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_without_the_prefix_is_read_too() -> Result<()> {
+        let parameters = Parameters::new();
+        let config = Config { projection_dim: None, ..tiny() };
+        let model = ClipText::load(&config, &Weights::trainable(&parameters, 1, DType::F64, &Device::Cpu))?;
+        let bare = parameters.all().into_iter().map(|(name, variable)| {
+            Ok((name.strip_prefix("text_model.").unwrap_or(&name).to_string(), variable.as_detached_tensor()))
+        });
+        let other = ClipText::load(&config, &Weights::frozen("bare", bare.collect::<Result<_>>()?))?;
+        let ids = Tensor::new(&[[1u32, 2, 6, 6, 6]], &Device::Cpu)?;
+        let (a, b) = (model.forward(&ids)?.pooled, other.forward(&ids)?.pooled);
+        assert_eq!(a.to_vec2::<f64>()?, b.to_vec2::<f64>()?);
         Ok(())
     }
 

@@ -3,8 +3,10 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::clip_image_processor::clip_pixel_values;
 use super::clip_layers::{Encoder, Shape, layer_norm};
 use super::{image_dims, to_channels_first, to_channels_last};
+use crate::data::from_tensor;
 use crate::nn::{Conv2d, Embedding, Init, LayerNorm, Linear, Weights};
 use crate::ops::{self, Activation, Mask};
 use crate::{Error, Result};
@@ -161,7 +163,7 @@ impl ClipVision {
     /// clamped, the shorter side resized to `image_size`, the middle cut out, colours normalised.
     ///
     /// As transformers' `CLIPImageProcessor`, but without rounding to bytes, so it is differentiable;
-    /// [`clip_pixel_values`](super::clip_image_processor::clip_pixel_values) rounds as the original. IP-Adapter's
+    /// [`ClipVision::pixel_values`] rounds as the original. IP-Adapter's
     /// picture for "no image" is zeros *after* this.
     ///
     /// # Errors
@@ -187,7 +189,21 @@ impl ClipVision {
         to_channels_first(&x)
     }
 
-    /// Embeds images as [`ClipVision::preprocess`] returns them, `(batch, 3, image_size, image_size)`.
+    /// The same as the original rounds it, byte for byte
+    /// ([`clip_pixel_values`]); what IP-Adapter and the paper's authors
+    /// feed the encoder. No gradient passes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the shape is another.
+    pub fn pixel_values(&self, images: &Tensor) -> Result<Tensor> {
+        let (batch, _, _) = image_dims("clip_vision pixel_values", images)?;
+        let (dtype, device) = self.kind();
+        let values = |i: usize| clip_pixel_values(&from_tensor(&images.get(i)?)?, self.config.image_size, &Device::Cpu);
+        let values = (0..batch).map(values).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&values, 0)?.to_dtype(dtype)?.to_device(&device)?)
+    }
+
+    /// Embeds images as [`ClipVision::preprocess`] or [`ClipVision::pixel_values`] returns them, `(batch, 3, image_size, image_size)`.
     ///
     /// # Errors
     /// [`Error::Argument`] where the shape is another.

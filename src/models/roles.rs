@@ -45,7 +45,7 @@ pub trait TextEncoder: Send + Sync {
 /// Turns images into features for the resampler.
 pub trait ImageEncoder: Send + Sync {
     /// `images`: `(batch, 3, height, width)`, RGB in [-1, 1]. Returns the penultimate hidden states,
-    /// `(batch, patches + 1, width)`.
+    /// `(batch, patches + 1, width)`. No gradient need reach the images.
     ///
     /// # Errors
     /// Where the shape does not fit.
@@ -92,7 +92,7 @@ impl TextEncoder for TokenizedClipText {
 
 impl ImageEncoder for ClipVision {
     fn features(&self, images: &Tensor) -> Result<Tensor> {
-        self.penultimate_hidden_states(&self.preprocess(images)?)
+        self.penultimate_hidden_states(&self.pixel_values(images)?)
     }
 
     fn null_features(&self) -> Result<Tensor> {

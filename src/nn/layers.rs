@@ -16,9 +16,9 @@ use crate::{Error, Result};
 /// `torch.nn.Linear`, with any number of LoRA sets at run time.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    path: String,
-    weight: Tensor,
-    bias: Option<Tensor>,
+    pub(super) path: String,
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
 }
 
 impl Linear {
@@ -221,6 +221,15 @@ impl LayerNorm {
     /// Those of [`ops::layer_norm`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &*like(&self.weight, x)?, &*like(&self.bias, x)?, self.eps)
+    }
+
+    /// `x + residual`, and what [`LayerNorm::forward`] makes of it, in one operation.
+    ///
+    /// # Errors
+    /// Those of [`ops::add_layer_norm`].
+    pub fn forward_adding(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        ops::add_layer_norm(x, residual, &weight, &bias, self.eps)
     }
 }
 

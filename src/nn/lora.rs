@@ -74,15 +74,23 @@ impl LoraLayer {
     /// read and a write of it.
     pub(super) fn merged(&self, weight: &Tensor, scale: f64) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
-        if weight.device().is_cuda() && ![weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
-            if weight.rank() != self.down.rank() {
-                return Err(wrong_kind(&self.path, "a LoRA of the layer's kind", "one of another"));
-            }
-            let (down, up) = (like(&self.down, weight)?, like(&self.up, weight)?);
+        if let Some((up, down)) = self.mergeable(weight)? {
             return Ok(Some(crate::cuda::add_low_rank(weight, &up, &down, scale * self.scale)?));
         }
         let _ = (weight, scale);
         Ok(None)
+    }
+
+    /// The factors `up` and `down`, in the dtype of a weight, where both they and the weight are frozen and on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn mergeable(&self, weight: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        if !weight.device().is_cuda() || [weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
+            return Ok(None);
+        }
+        if weight.rank() != self.down.rank() {
+            return Err(wrong_kind(&self.path, "a LoRA of the layer's kind", "one of another"));
+        }
+        Ok(Some((like(&self.up, weight)?.into_owned(), like(&self.down, weight)?.into_owned())))
     }
 }
 

@@ -5,6 +5,7 @@ mod layers;
 mod lora;
 mod lora_layers;
 mod parameters;
+mod stacked;
 mod weights;
 
 pub use channelwise::{BatchNorm, DepthwiseConv2d, PRelu};
@@ -12,4 +13,5 @@ pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
 pub use lora::{LoraLayer, LoraSet, Loras};
 pub use lora_layers::LoraTensors;
 pub use parameters::Parameters;
+pub use stacked::StackedLinear;
 pub use weights::{Init, Weights};

@@ -2,7 +2,7 @@
 //
 // No atomics, and the chunks depend only on the shape and the device: equal bit for bit between runs.
 #pragma once
-#include "elements.cuh"
+#include "dependent_launch.cuh"
 
 namespace lcm {
 
@@ -18,8 +18,8 @@ struct ColumnPlan {
   // Always for single elements where `vector` is 1, so that a workspace sized with 1 suffices for every width.
   ColumnPlan(int64_t batch, int64_t rows, int channels, int vector) {
     int packs = channels / vector;
-    lanes = packs < 32 ? packs : 32;
-    slabs = divide_up(packs, lanes);
+    slabs = divide_up(packs, 32);
+    lanes = divide_up(packs, slabs); // as even as can be: 40 packs are 2 times 20
     int64_t side_by_side = kColumnThreads / lanes;
     int64_t most = divide_up<int64_t>(rows, side_by_side * 4); // four rows a thread at least: less is not worth a block
     int64_t wanted = divide_up<int64_t>(4ll * multiprocessors(), static_cast<int64_t>(slabs) * batch);
@@ -42,7 +42,8 @@ inline size_t column_workspace(int64_t batch, int64_t rows, int channels, int qu
   return most;
 }
 
-// partial[batch][chunk][quantity][channel] = sum over the rows of the chunk of what `f(row, channel, sums)` adds to sums.
+// partial[batch][chunk][quantity][channel] = sum over the rows of the chunk of what `f(row, channel, sums)` adds to
+// sums.
 // Rows count through all matrices of the batch. Grid: (slabs, chunks, batch).
 template <int V, int Q, class F>
 __global__ void __launch_bounds__(kColumnThreads)
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 #pragma unroll 4
     for (int64_t row = blockIdx.y * per_chunk + side; row < end; row += sides) f(first + row, c, sums);
   }
+  let_next_start();
   partial += (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * Q * channels;
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
@@ -86,6 +88,7 @@ static __global__ void finish_columns(const float *partial, int parts, int width
   int column = blockIdx.x * kFinishColumns + threadIdx.x;
   partial += static_cast<int64_t>(blockIdx.y) * parts * width;
   float sum = 0.0f;
+  wait_for_previous();
   if (column < width)
     for (int part = threadIdx.y; part < parts; part += kFinishRows) sum += partial[static_cast<int64_t>(part) * width + column];
   sums[threadIdx.y][threadIdx.x] = sum;
@@ -99,8 +102,8 @@ static __global__ void finish_columns(const float *partial, int parts, int width
 inline int launch_finish_columns(const float *partial, int64_t batch, int parts, int width, int channels, float *first,
                                  float *second, cudaStream_t stream) {
   dim3 grid(divide_up(width, kFinishColumns), static_cast<unsigned>(batch));
-  finish_columns<<<grid, dim3(kFinishColumns, kFinishRows), 0, stream>>>(partial, parts, width, channels, first, second);
-  return launched();
+  return launch_dependent(finish_columns, grid, dim3(kFinishColumns, kFinishRows), 0, stream, partial, parts, width,
+                          channels, first, second);
 }
 
 // Both stages: first and second get the sums of the quantities 0 and 1 (Q = 1: only first), each (batch, channels).

@@ -1,6 +1,7 @@
 // What the memory-bound kernels share: 16-byte accesses, the choice of the element type, pointwise maps.
 //
-// All of them are bound by memory, so each thread moves 16 bytes at a time (a `Pack`) where the addresses and the number
+// All of them are bound by memory, so each thread moves 16 bytes at a time (a `Pack`) where the addresses and the
+// number
 // of channels allow, and single elements otherwise; everything is computed in f32 in registers.
 #pragma once
 #include <cuda_bf16.h>

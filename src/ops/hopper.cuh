@@ -33,12 +33,12 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
   asm volatile("{\n.reg .b32 remote;\n"
                "mapa.shared::cluster.u32 remote, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
+               "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{\n.reg .pred p;\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
   return done != 0;
 }
@@ -68,14 +68,18 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-__device__ __forceinline__ float4 load_cluster(uint32_t address, uint32_t rank) {
-  float4 value;
-  asm volatile("{\n.reg .b32 remote;\n"
-               "mapa.shared::cluster.u32 remote, %4, %5;\n"
-               "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(address), "r"(rank) : "memory");
-  return value;
+// The address in block `rank`'s shared memory that corresponds to `address` in this block's.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
 }
+__device__ __forceinline__ void store_cluster(uint32_t remote, float x, float y, float z, float w) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+// Waits until the kernel before this one in the stream has ended, if this one was allowed to start early (programmatic stream serialization).
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- TMA: one thread starts the copy of a box; elements outside the tensor arrive as zeros ----
 
@@ -118,26 +122,38 @@ template <int pending> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// d (64, 160) = a (64, 16) b (16, 160) + (accumulate ? d : 0), f32 accumulators. Lane l of warp w holds rows 16 w + l / 4 (+ 8 for
-// the last two of four numbers) and columns 8 j + 2 (l % 4) + {0, 1} in d[4 j ..]. kTransposed: b is MN-major; kHalf: f16, else bf16.
+// d (64, columns) = a (64, 16) b (16, columns) + (accumulate ? d : 0), f32 accumulators. Lane l of warp w holds rows 16 w + l / 4 (+ 8
+// for the last two of four numbers) and columns 8 j + 2 (l % 4) + {0, 1} in d[4 j ..]. kTransposed: b is MN-major; kHalf: f16, else bf16.
+template <int kColumns, bool kHalf, bool kTransposed> struct Wgmma;
 #define LCM_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define LCM_WGMMA_160(type)                                                                                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"                                                                        \
-               "wgmma.mma_async.sync.aligned.m64n160k16.f32." type "." type " "                                                    \
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "                       \
-               "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "              \
-               "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "              \
-               "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "             \
-               "%80, %81, p, 1, 1, 0, %83;\n}"                                                                                     \
-               : LCM_F8(0), LCM_F8(8), LCM_F8(16), LCM_F8(24), LCM_F8(32), LCM_F8(40), LCM_F8(48), LCM_F8(56), LCM_F8(64), LCM_F8(72) \
-               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0))
-template <bool kHalf, bool kTransposed> __device__ __forceinline__ void wgmma_160(float (&d)[80], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (kHalf)
-    LCM_WGMMA_160("f16");
-  else
-    LCM_WGMMA_160("bf16");
-}
-#undef LCM_WGMMA_160
+#define LCM_F32(i) LCM_F8(i), LCM_F8(i + 8), LCM_F8(i + 16), LCM_F8(i + 24)
+// registers: the list "%0, .."; a, b, accumulate, transposed: the numbers of the operands that follow it.
+#define LCM_WGMMA(columns, type, registers, a, b, accumulate, transposed)                                                      \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" registers "}, " a ", " b ", p, 1, 1, 0, " transposed ";\n}"
+#define LCM_WGMMA_STRUCT(columns, registers, n0, n1, n2, n3, ...)                                                              \
+  template <bool kHalf, bool kTransposed> struct Wgmma<columns, kHalf, kTransposed> {                                          \
+    static __device__ __forceinline__ void run(float *d, uint64_t a, uint64_t b, int accumulate) {                             \
+      if constexpr (kHalf)                                                                                                     \
+        asm volatile(LCM_WGMMA(#columns, "f16", registers, n0, n1, n2, n3) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0)); \
+      else                                                                                                                     \
+        asm volatile(LCM_WGMMA(#columns, "bf16", registers, n0, n1, n2, n3) : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0)); \
+    }                                                                                                                          \
+  };
+#define LCM_R64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LCM_R80 LCM_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define LCM_R96 LCM_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define LCM_R128 LCM_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+LCM_WGMMA_STRUCT(128, LCM_R64, "%64", "%65", "%66", "%67", LCM_F32(0), LCM_F32(32))
+LCM_WGMMA_STRUCT(160, LCM_R80, "%80", "%81", "%82", "%83", LCM_F32(0), LCM_F32(32), LCM_F8(64), LCM_F8(72))
+LCM_WGMMA_STRUCT(192, LCM_R96, "%96", "%97", "%98", "%99", LCM_F32(0), LCM_F32(32), LCM_F32(64))
+LCM_WGMMA_STRUCT(256, LCM_R128, "%128", "%129", "%130", "%131", LCM_F32(0), LCM_F32(32), LCM_F32(64), LCM_F32(96))
+#undef LCM_R64
+#undef LCM_R80
+#undef LCM_R96
+#undef LCM_R128
+#undef LCM_WGMMA_STRUCT
+#undef LCM_WGMMA
+#undef LCM_F32
 #undef LCM_F8
 
 // ---- registers: a warpgroup gives some away, or takes some that were given away ----

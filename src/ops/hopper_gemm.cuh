@@ -1,121 +1,16 @@
 #pragma once
-// The matrix product behind the convolutions and linear layers on Hopper: y (pixels, columns) = sum over taps and channels.
-//
-// A is gathered by the copy engine: 128 (or 64) output pixels form a box of the image (samples x rows x columns), and under
-// a tap of the kernel they read the same box of the input, shifted; what lies outside of the image arrives as zeros, which is
-// the padding. So the main loop is that of a plain product over (tap, 64 channels) steps. A linear layer is the case of one
-// tap and an image of one row.
-//
-// One block computes 2 boxes x 160 columns with two consumer warpgroups (one per box) and a producer warp; 160 columns
-// because SDXL's channel counts are multiples of 320, and 256 x 160 tiles cover its images in multiples of 128 tiles, which
-// suits 132 multiprocessors. The blocks of a cluster share loads (`cn` blocks side by side read the same pixels, `cm` blocks the same
-// weights, by multicast) or split the sum over K (`split`; the parts meet in shared memory, added in a fixed order).
+// The kernel of hopper_gemm.h: its producer, its consumers' main loop and the meeting of a split sum.
 #include "hopper.cuh"
-#include <cuda_runtime.h>
+#include "hopper_gemm_epilogue.cuh"
 
 namespace hopper_gemm {
-using namespace hopper;
-
-constexpr int kColumns = 160; // of a tile
-constexpr int kDepth = 64;    // channels of a step: 128 bytes, the width of the swizzle
-constexpr int kThreads = 384; // producer warpgroup and two consumers
-constexpr int kMaxTaps = 25;
-constexpr int kGroup = 8; // tiles of pixels that are walked together with all columns, for the second-level cache
-#ifndef LCM_DX_BLOCK
-#define LCM_DX_BLOCK 32
-#endif
-constexpr int kBlock = LCM_DX_BLOCK; // columns per swizzled block of a transposed B
-
-// A summand of every output: input shifted by (dy, dx), times the weights of `tap`, over `steps` * 64 channels.
-struct Tap {
-  int16_t a, b;   // tensor maps
-  int16_t dy, dx; // shift of the box in A's image
-  int16_t tap;    // second coordinate in B
-  int16_t steps;
-};
-
-struct Problem {
-  CUtensorMap a[4]; // (channels, width, height, samples); several where A is strided, one per parity of its pixels
-  CUtensorMap b[2]; // (input channels, taps, output channels)
-  Tap taps[kMaxTaps];
-  int16_t first_tap[5], steps[4];     // per phase: its taps are first_tap[p] .. first_tap[p + 1]
-  int16_t phase_y[4], phase_x[4];     // phase p makes the output pixels (phase_y + i * stride, phase_x + j * stride)
-  int32_t stride;
-  void *y;
-  const void *bias, *sample_bias, *residual;
-  int64_t y_row, residual_row; // numbers from pixel to pixel
-  int32_t columns, samples, height, width; // of y
-  int32_t log_w, log_h;                    // a box has 2^log_w columns, 2^log_h rows, and samples to fill it
-  int32_t boxes_x, boxes_y;
-  int32_t tiles_m, tiles_n, tiles; // in clusters; tiles counts those of all phases
-  int32_t cm, cn, split;
-};
-
-template <int kRows, bool kTransposed> struct Layout { // of shared memory
-  static constexpr int kBox = kRows / 2;               // pixels
-  static constexpr int kBlocks = (kColumns + kBlock - 1) / kBlock;
-  static constexpr int kA = kRows * kDepth * 2;
-  static constexpr int kB = kTransposed ? kBlocks * kBlock * kDepth * 2 : kColumns * kDepth * 2;
-  static constexpr int kStages = (227 * 1024 - 2048) / (kA + kB) > 6 ? 6 : (227 * 1024 - 2048) / (kA + kB);
-  static constexpr int kBytes = 1024 + kStages * (kA + kB) + kStages * 16;
-};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-struct Tile {
-  int phase, m, n;
-};
-__device__ __forceinline__ Tile locate(const Problem &p, int index, int rank_m, int rank_n) {
-  Tile tile;
-  int per_phase = p.tiles_m * p.tiles_n;
-  tile.phase = index / per_phase;
-  index -= tile.phase * per_phase;
-  int group = index / (kGroup * p.tiles_n), inside = index - group * kGroup * p.tiles_n;
-  int height = min(kGroup, p.tiles_m - group * kGroup);
-  tile.n = inside / height * p.cn + rank_n;
-  tile.m = (group * kGroup + inside % height) * p.cm + rank_m;
-  return tile;
-}
-struct Box {
-  int x, y, sample;
-};
-template <int kBox> __device__ __forceinline__ Box locate_box(const Problem &p, int index) {
-  int row = index / p.boxes_x, sample = row / p.boxes_y;
-  constexpr int kLog = kBox == 128 ? 7 : 6;
-  return {(index - row * p.boxes_x) << p.log_w, (row - sample * p.boxes_y) << p.log_h, sample << (kLog - p.log_w - p.log_h)};
-}
-
-// Lane q of four holds row q of a 4 x 4 matrix of words, and gets column q.
-__device__ __forceinline__ void transpose(uint32_t (&w)[4], int q) {
-  bool odd = q & 1, high = q & 2;
-  uint32_t s0 = odd ? w[0] : w[1], s1 = odd ? w[2] : w[3];
-  s0 = __shfl_xor_sync(~0u, s0, 1), s1 = __shfl_xor_sync(~0u, s1, 1);
-  if (odd) w[0] = s0, w[2] = s1;
-  else w[1] = s0, w[3] = s1;
-  s0 = high ? w[0] : w[2], s1 = high ? w[1] : w[3];
-  s0 = __shfl_xor_sync(~0u, s0, 2), s1 = __shfl_xor_sync(~0u, s1, 2);
-  if (high) w[0] = s0, w[1] = s1;
-  else w[2] = s0, w[3] = s1;
-}
-template <bool kHalf> __device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (kHalf) return __half22float2(*reinterpret_cast<__half2 *>(&word));
-  else return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&word));
-}
-template <bool kHalf> __device__ __forceinline__ uint32_t pack(float x, float y) {
-  if constexpr (kHalf) {
-    __half2 pair = __floats2half2_rn(x, y);
-    return *reinterpret_cast<uint32_t *>(&pair);
-  } else {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<uint32_t *>(&pair);
-  }
-}
-__device__ __forceinline__ const char *at(const void *base, int64_t element) { return static_cast<const char *>(base) + 2 * element; }
-
 // The producer: one thread that keeps the stages filled.
-template <int kRows, bool kTransposed>
+template <int kRows, int kColumns, bool kTransposed>
 __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint32_t full, uint32_t empty, int rank_m, int rank_n, int rank_k, int cluster, int clusters) {
-  using L = Layout<kRows, kTransposed>;
+  using L = Layout<kRows, kColumns, kTransposed>;
   uint16_t mask_a = 0, mask_b = 0; // blocks that read the same pixels, the same weights
   int first_rank = rank_k * p.cm * p.cn;
   for (int i = 0; i < p.cn; ++i) mask_a |= 1 << (first_rank + rank_m * p.cn + i);
@@ -144,12 +39,9 @@ __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint3
         load_4d_multicast(to_a + rank_n * (L::kA / 2), map_a, ready, mask_a, channel, box.x + tap.dx, box.y + tap.dy, box.sample);
       }
       if constexpr (kTransposed) {
-        int part = kDepth / p.cm * rank_m; // rows of K that this block brings
-        uint32_t to = to_b + part * kBlock * 2;
-#pragma unroll
-        for (int i = 0; i < L::kBlocks; ++i, to += kBlock * kDepth * 2)
-          if (p.cm == 1) load_3d(to, map_b, ready, column + i * kBlock, tap.tap, channel);
-          else load_3d_multicast(to, map_b, ready, mask_b, column + i * kBlock, tap.tap, channel + part);
+        if (p.whole_blocks) load_4d(to_b, map_b, ready, 0, tap.tap, channel, column / kBlock);
+        else
+          for (int i = 0; i < L::kBlocks; ++i) load_3d(to_b + i * kBlock * kDepth * 2, map_b, ready, column + i * kBlock, tap.tap, channel);
       } else {
         int part = kColumns / 2 * rank_m;
         if (p.cm == 1) load_3d(to_b, map_b, ready, channel, tap.tap, column);
@@ -161,99 +53,59 @@ __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint3
   }
 }
 
-// Adds biases and the residual to a consumer's accumulators and writes them. Four lanes hold 32 columns of a row, 8 each after
-// a transposition among them, so a row's store is 64 bytes and needs no shared memory.
-template <int kRows, bool kHalf>
-__device__ __forceinline__ void finish(const Problem &p, const Tile &tile, float (&acc)[kRows / 128][80], int group, int thread, uint32_t exchange, int rank_k) {
-  int lane = thread & 31, q = lane & 3, warp = (thread >> 5) & 3;
-  Box box = locate_box<kRows / 2>(p, 2 * tile.m + group);
+// Meeting of the blocks that share a tile's sum over K: unit u (64 x 32 numbers per warpgroup) is finished by block u % split, which the others send their
+// parts of it, and added in the order of the blocks. Returns the set of units that are this block's. The producer takes part in the synchronisations.
+template <int kUnits> __device__ __forceinline__ uint32_t reduce(float *acc, uint32_t memory, int thread, int rank, int rank_k, int stride, int split) {
+  const int most = (kUnits + split - 1) / split; // units of a block
+  const uint32_t mine = memory + thread * 16;
+  cluster_sync(); // all loads of all blocks have been read: the stages are free
+  uint32_t owned = 0;
+  int owner = 0, index = 0;
 #pragma unroll
-  for (int block = 0; block < kRows / 128; ++block) {
-    bool inside[2];
-    int sample[2];
-    int64_t pixel[2];
+  for (int unit = 0; unit < kUnits; ++unit) {
+    if (owner == rank_k) owned |= 1u << unit;
+    else {
+      int slot = rank_k - owner - 1 + (rank_k < owner ? split : 0); // of this sender at that owner
+      uint32_t to = cluster_address(mine + (slot * most + index) * (4 * 256 * 16), rank + (owner - rank_k) * stride);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int row = block * 64 + warp * 16 + half * 8 + (lane >> 2);
-      int x = (box.x + (row & ((1 << p.log_w) - 1))) * p.stride + p.phase_x[tile.phase];
-      row >>= p.log_w;
-      int y = (box.y + (row & ((1 << p.log_h) - 1))) * p.stride + p.phase_y[tile.phase];
-      sample[half] = box.sample + (row >> p.log_h);
-      inside[half] = x < p.width && y < p.height && sample[half] < p.samples;
-      pixel[half] = (static_cast<int64_t>(sample[half]) * p.height + y) * p.width + x;
+      for (int i = 0; i < 4; ++i) store_cluster(to + i * 256 * 16, acc[unit * 16 + i * 4], acc[unit * 16 + i * 4 + 1], acc[unit * 16 + i * 4 + 2], acc[unit * 16 + i * 4 + 3]);
     }
-#pragma unroll
-    for (int part = 0; part < kColumns / 32; ++part) {
-      const int unit = block * (kColumns / 32) + part;
-      if (p.split > 1) {
-        if ((unit & (p.split - 1)) != rank_k) continue;
-        for (int other = 0; other < p.split; ++other) {
-          if (other == rank_k) continue;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float4 add = load_cluster(exchange + ((unit * 4 + i) * 256 + thread) * 16, other);
-            float *to = &acc[block][part * 16 + i * 4];
-            to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
-          }
-        }
-      }
-      int column = tile.n * kColumns + part * 32;
-      bool mine = column + 8 * q < p.columns; // the 8 columns this lane loads and stores
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 value[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) value[i] = make_float2(acc[block][part * 16 + i * 4 + half * 2], acc[block][part * 16 + i * 4 + half * 2 + 1]);
-        if (p.bias)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            int c = column + i * 8 + q * 2;
-            float2 add = unpack<kHalf>(c < p.columns ? __ldg(reinterpret_cast<const uint32_t *>(at(p.bias, c))) : 0);
-            value[i].x += add.x, value[i].y += add.y;
-          }
-        if (p.sample_bias)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            int c = column + i * 8 + q * 2;
-            float2 add = unpack<kHalf>(c < p.columns && inside[half] ? __ldg(reinterpret_cast<const uint32_t *>(at(p.sample_bias, static_cast<int64_t>(sample[half]) * p.columns + c))) : 0);
-            value[i].x += add.x, value[i].y += add.y;
-          }
-        if (p.residual) {
-          uint4 read = make_uint4(0, 0, 0, 0);
-          if (mine && inside[half]) read = __ldg(reinterpret_cast<const uint4 *>(at(p.residual, pixel[half] * p.residual_row + column + 8 * q)));
-          uint32_t words[4] = {read.x, read.y, read.z, read.w};
-          transpose(words, q);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float2 add = unpack<kHalf>(words[i]);
-            value[i].x += add.x, value[i].y += add.y;
-          }
-        }
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = pack<kHalf>(value[i].x, value[i].y);
-        transpose(words, q);
-        if (mine && inside[half])
-          *reinterpret_cast<uint4 *>(const_cast<char *>(at(p.y, pixel[half] * p.y_row + column + 8 * q))) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    }
+    if (++owner == split) owner = 0, ++index;
   }
+  cluster_sync();
+  for (int sender = 0; sender < split; ++sender) {
+    if (sender == rank_k) continue;
+    uint32_t from = mine + (sender - rank_k - 1 + (sender < rank_k ? split : 0)) * most * (4 * 256 * 16);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      if (owned >> unit & 1) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float4 add;
+          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(add.x), "=f"(add.y), "=f"(add.z), "=f"(add.w) : "r"(from + i * 256 * 16));
+          float *to = acc + unit * 16 + i * 4;
+          to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+        }
+        from += 4 * 256 * 16;
+      }
+  }
+  return owned;
 }
 
 #endif
 
-// kRows: pixels of a tile, 256 or 128. kTransposed: B is stored as (K, columns), as the weights are for the gradient of
-// the input. Grid: clusters of cm * cn * split blocks; each walks over tiles (one each where K is split).
-template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Problem p) {
+// kTransposed: B is stored as (K, columns), as the weights are for the gradient of the input. Grid: clusters of cm * cn * split
+// blocks; each walks over tiles (one each where K is split).
+template <int kRows, int kColumns, bool kTransposed, bool kHalf> __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Problem p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<kRows, kTransposed>;
-  extern __shared__ char memory[];
-  const uint32_t stages = (shared_address(memory) + 1023) & ~1023u;
-  const uint32_t full = stages + L::kStages * (L::kA + L::kB), empty = full + 8 * L::kStages;
+  using L = Layout<kRows, kColumns, kTransposed>;
+  extern __shared__ __align__(1024) char memory[];
+  const uint32_t stages = shared_address(memory), full = stages + L::kFull, empty = stages + L::kEmpty;
   const int blocks = p.cm * p.cn * p.split, rank = blocks > 1 ? cluster_rank() : 0;
   const int rank_n = rank % p.cn, rank_m = rank / p.cn % p.cm, rank_k = rank / (p.cn * p.cm);
   const int cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   if (threadIdx.x == 0) {
+    if (stages & 1023) __trap(); // the swizzle counts from multiples of 1024
     for (int i = 0; i < L::kStages; ++i) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, 2 * (p.cm + p.cn - 1)); // the consumers of every block that the stage's loads come from or go to
@@ -262,45 +114,55 @@ template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_boun
     prefetch_map(&p.a[0]);
     prefetch_map(&p.b[0]);
   }
+  wait_for_previous_kernel(); // nothing before this line touches its results
   if (blocks > 1) cluster_sync();
   else __syncthreads();
 
   if (threadIdx.x < 128) {
     registers_decrease<40>();
-    if (threadIdx.x == 0) produce<kRows, kTransposed>(p, stages, full, empty, rank_m, rank_n, rank_k, cluster, clusters);
+    if (threadIdx.x == 0) produce<kRows, kColumns, kTransposed>(p, stages, full, empty, rank_m, rank_n, rank_k, cluster, clusters);
     __syncwarp();
-    if (p.split > 1) cluster_sync();
+    if (p.split > 1) cluster_sync(), cluster_sync(); // those of reduce
   } else {
     registers_increase<232>();
-    constexpr int kHeight = kRows / 128; // blocks of 64 rows
+    constexpr int kHeight = kRows / 128, kUnits = L::kNumbers / 16; // blocks of 64 rows; units of 64 x 32 numbers per warpgroup
     const int thread = threadIdx.x - 128, group = thread >> 7;
+    const uint32_t biases = stages + L::kBiases + group * kColumns * 4;
     // Which thread of the group tells which block that a stage has been read.
     const int to = thread & 127;
     const bool tells = to < blocks && to / (p.cn * p.cm) == rank_k && (to % p.cn == rank_n || to / p.cn % p.cm == rank_m);
-    float acc[kHeight][80];
+    float acc[L::kNumbers];
     int stage = 0;
     uint32_t parity = 0;
     for (int index = cluster; index < p.tiles; index += clusters) {
-      Tile tile = locate(p, index, rank_m, rank_n);
+      const Tile tile = locate(p, index, rank_m, rank_n);
       int steps = p.steps[tile.phase];
       steps = steps * (rank_k + 1) / p.split - steps * rank_k / p.split;
+      float bias[(kColumns + 127) / 128];
+#pragma unroll
+      for (int i = 0; i < (kColumns + 127) / 128; ++i) bias[i] = i * 128 + to < kColumns ? column_bias<kRows, kColumns, kHalf>(p, tile, group, i * 128 + to) : 0;
       if (steps == 0)
 #pragma unroll
-        for (int i = 0; i < kHeight; ++i)
-#pragma unroll
-          for (int j = 0; j < 80; ++j) acc[i][j] = 0;
+        for (int i = 0; i < L::kNumbers; ++i) acc[i] = 0;
       int last = 0;
       for (int step = 0; step < steps; ++step) {
-        uint32_t a = stages + stage * (L::kA + L::kB) + group * (L::kA / 2), b = stages + stage * (L::kA + L::kB) + L::kA;
+        const uint32_t a = stages + stage * (L::kA + L::kB) + group * (L::kA / 2), b = stages + stage * (L::kA + L::kB) + L::kA;
         barrier_wait(full + 8 * stage, parity);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-          uint64_t bd = kTransposed ? descriptor(b + k * 16 * kBlock * 2, kBlock * kDepth * 2, 8 * kBlock * 2, kBlock == 64 ? kSwizzle128 : kSwizzle64)
-                                    : descriptor(b + k * 32, 16, 1024, kSwizzle128);
+          const uint64_t bd = kTransposed ? descriptor(b + k * 16 * kBlock * 2, kBlock * kDepth * 2, 8 * kBlock * 2, kSwizzle128) : descriptor(b + k * 32, 16, 1024, kSwizzle128);
 #pragma unroll
-          for (int i = 0; i < kHeight; ++i)
-            wgmma_160<kHalf, kTransposed>(acc[i], descriptor(a + i * 64 * 128 + k * 32, 16, 1024, kSwizzle128), bd, step | k);
+          for (int i = 0; i < kHeight; ++i) {
+            const uint64_t ad = descriptor(a + i * 64 * 128 + k * 32, 16, 1024, kSwizzle128);
+            float *d = acc + i * (kColumns / 2);
+            if constexpr (kColumns == 320) {
+              Wgmma<192, kHalf, kTransposed>::run(d, ad, bd, step | k);
+              Wgmma<128, kHalf, kTransposed>::run(d + 96, ad, bd + (192 * 128 >> 4), step | k);
+            } else {
+              Wgmma<kColumns, kHalf, kTransposed>::run(d, ad, bd, step | k);
+            }
+          }
         }
         wgmma_commit();
         if (step > 0) {
@@ -312,20 +174,21 @@ template <int kRows, bool kTransposed, bool kHalf> __global__ void __launch_boun
       }
       wgmma_wait<0>();
       if (steps > 0 && tells) blocks > 1 ? barrier_arrive_cluster(empty + 8 * last, to) : barrier_arrive(empty + 8 * last);
-      if (p.split > 1) {
-        // Parts of the tile that another block finishes go through shared memory; the stages are free: all loads have been read.
-        named_barrier(1, 256);
+      named_barrier(2 + group, 128);
 #pragma unroll
-        for (int unit = 0; unit < kHeight * (kColumns / 32); ++unit)
-          if ((unit & (p.split - 1)) != rank_k)
+      for (int i = 0; i < (kColumns + 127) / 128; ++i)
+        if (i * 128 + to < kColumns) asm volatile("st.shared.f32 [%0], %1;" ::"r"(biases + (i * 128 + to) * 4), "f"(bias[i]) : "memory");
+      named_barrier(2 + group, 128);
+      uint32_t owned = ~0u; // units that this block finishes
+      if (p.split > 1) owned = reduce<kUnits>(acc, stages, thread, rank, rank_k, p.cm * p.cn, p.split);
+      if (p.sample_bias && p.log_w + p.log_h != kBoxLog<L::kBox>)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float *from = &acc[unit / (kColumns / 32)][unit % (kColumns / 32) * 16 + i * 4];
-              asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(stages + ((unit * 4 + i) * 256 + thread) * 16), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
-            }
-        cluster_sync();
-      }
-      finish<kRows, kHalf>(p, tile, acc, group, thread, stages, rank_k);
+        for (int i = 0; i < L::kNumbers; ++i) {
+          const int block = i / (kColumns / 2), number = i % (kColumns / 2);
+          acc[i] += row_bias<kRows, kColumns, kHalf>(p, 2 * tile.m + group, block * 64 + (to >> 5) * 16 + (number >> 1 & 1) * 8 + ((to & 31) >> 2), tile.n * kColumns + number / 4 * 8 + (to & 3) * 2 + (number & 1));
+        }
+      if (p.residual) finish<kRows, kColumns, kHalf, true>(p, tile, acc, group, thread, biases, owned);
+      else finish<kRows, kColumns, kHalf, false>(p, tile, acc, group, thread, biases, owned);
     }
   }
   if (blocks > 1) cluster_sync(); // no block leaves while another may still write to or read from its shared memory

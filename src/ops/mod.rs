@@ -29,7 +29,7 @@ mod warp_affine;
 
 pub use activation::{Activation, activation};
 pub use addends::Addends;
-pub use attention::{Mask, attention, attention_where, cross_attention};
+pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use conv2d::{conv2d, conv2d_with};
 
 pub use channel_affine::channel_affine;
@@ -41,7 +41,7 @@ pub use elementwise::{
 pub(crate) use elementwise::{wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
-pub use layer_norm::layer_norm;
+pub use layer_norm::{add_layer_norm, layer_norm};
 pub use linear::{linear, linear_with};
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;

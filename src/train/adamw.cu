@@ -1,6 +1,7 @@
 // AdamW over many tensors: as the optimizer on the CPU computes it, in f32, with clipping by the global norm.
 //
-// A block treats one chunk of one tensor, which it finds by bisection in the list: any number of tensors of any sizes is
+// A block treats one chunk of one tensor, which it finds by bisection in the list: any number of tensors of any sizes
+// is
 // one launch. The norm is summed in f64, so that finite f32 gradients have a finite norm; the clipping factor stays on
 // the device.
 #include "adamw.h"

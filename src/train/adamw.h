@@ -1,4 +1,5 @@
-// AdamW over many tensors in three launches on CUDA devices, without a word to the host: the gradients' norm, its clipping
+// AdamW over many tensors in three launches on CUDA devices, without a word to the host: the gradients' norm, its
+// clipping
 // factor, and one pass that updates moments, parameters, their moving averages and their bf16 copies.
 // All return 0 or a cudaError_t, or -1 for arguments they do not take.
 #pragma once

@@ -7,17 +7,24 @@ use lcm_lookahead::models::mobile_face_net::{self, MobileFaceNet, Stage};
 use lcm_lookahead::models::sface::{self, SFace};
 use lcm_lookahead::nn::Weights;
 
-use crate::F64;
+use crate::KINDS;
 use crate::support::Case;
 
-/// Embeddings, and the gradient of a weighted sum of them into the pixels.
-fn compare(case: &Case, network: &impl IdentityNetwork) -> Result<()> {
-    let faces = Var::from_tensor(case.get("faces")?)?;
-    let embeddings = network.embed(&faces)?;
-    assert_eq!(embeddings.dims(), [2, network.dimension()]);
-    case.assert_within(F64, "embeddings", &embeddings)?;
-    let gradients = (embeddings * case.get("embeddings_weights")?)?.sum_all()?.backward()?;
-    case.assert_within(F64, "gradient", gradients.get(&faces).context("no gradient")?)
+/// Embeddings, and, where the fixture has it, the gradient of a weighted sum of them into the pixels.
+fn compare<N: IdentityNetwork>(case: &str, load: impl Fn(&Weights) -> lcm_lookahead::Result<N>) -> Result<()> {
+    let case = Case::load("faces", case)?;
+    for (dtype, limit) in KINDS {
+        let network = load(&case.weights_as(dtype)?)?;
+        let faces = Var::from_tensor(&case.get_as("faces", dtype)?)?;
+        let embeddings = network.embed(&faces)?;
+        assert_eq!(embeddings.dims(), [2, network.dimension()]);
+        case.assert_within(limit, "embeddings", &embeddings)?;
+        if let Ok(weights) = case.get_as("embeddings_weights", dtype) {
+            let gradients = (embeddings * weights)?.sum_all()?.backward()?;
+            case.assert_within(limit, "gradient", gradients.get(&faces).context("no gradient")?)?;
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -33,30 +40,25 @@ fn ir_networks_with_and_without_squeeze_and_excitation() -> Result<()> {
     };
     let without = ir_resnet::Config { blocks: vec![1, 2], se_reduction: None, affine_output: false, ..with.clone() };
     for (name, config) in [("ir_se", with), ("ir", without)] {
-        let case = Case::load("faces", name)?;
-        compare(&case, &IrResnet::load(&config, &case.weights())?)?;
+        compare(name, |weights| IrResnet::load(&config, weights))?;
     }
     Ok(())
 }
 
 #[test]
 fn arcfaces_residual_network() -> Result<()> {
-    let case = Case::load("faces", "iresnet")?;
     let config = iresnet::Config { crop_size: 16, widths: [4, 4, 5, 6], layers: [1, 2, 1, 1], dimension: 5 };
-    compare(&case, &IResnet::load(&config, &case.weights())?)
+    compare("iresnet", |weights| IResnet::load(&config, weights))
 }
 
 #[test]
 fn sface_by_the_names_of_its_onnx_file() -> Result<()> {
-    let case = Case::load("faces", "sface")?;
     let config = sface::Config { crop_size: 8, input_width: 4, widths: vec![5, 6], strides: vec![1, 2], dimension: 7 };
-    let network = SFace::load(&config, &case.weights())?;
-    case.assert_within(F64, "embeddings", &network.embed(case.get("faces")?)?)
+    compare("sface", |weights| SFace::load(&config, weights))
 }
 
 #[test]
 fn mobile_face_net_by_the_names_of_its_onnx_file() -> Result<()> {
-    let case = Case::load("faces", "mobile_face_net")?;
     let stage = |expansion, width, stride| Stage { expansion, width, blocks: 1, stride };
     let config = mobile_face_net::Config {
         crop_size: 16,
@@ -65,8 +67,7 @@ fn mobile_face_net_by_the_names_of_its_onnx_file() -> Result<()> {
         dimension: 9,
         ..mobile_face_net::Config::fr_feature()
     };
-    let network = MobileFaceNet::load(&config, &case.weights())?;
-    case.assert_within(F64, "embeddings", &network.embed(case.get("faces")?)?)
+    compare("mobile_face_net", |weights| MobileFaceNet::load(&config, weights))
 }
 
 #[test]

@@ -9,5 +9,7 @@ mod perception;
 mod pipeline;
 mod support;
 
-/// Where both sides compute in f64.
-const F64: f64 = 1e-10;
+use candle_core::DType;
+
+/// What the networks compute in, and the largest relative error allowed against the fixtures, which are in f64.
+const KINDS: [(DType, f64); 2] = [(DType::F64, 1e-10), (DType::F32, 1e-4)];

@@ -4,26 +4,30 @@ use lcm_lookahead::models::lpips::{self, Lpips};
 use lcm_lookahead::models::yunet::{self, YuNet};
 use lcm_lookahead::nn::Weights;
 
-use crate::F64;
-use crate::support::Case;
+use crate::KINDS;
+use crate::support::{Case, norm};
 
 #[test]
 fn lpips_on_both_backbones_with_gradients_into_both_images() -> Result<()> {
     let widths = [3, 3, 4, 4, 4];
     for (name, config) in [("lpips_vgg", lpips::Config::vgg()), ("lpips_alex", lpips::Config::alex())] {
         let case = Case::load("perception", name)?;
-        let model = Lpips::load(&lpips::Config { widths, ..config }, &case.weights(), &case.weights())?;
-        let (a, b) = (Var::from_tensor(case.get("a")?)?, Var::from_tensor(case.get("b")?)?);
-        let distance = model.forward(&a, &b)?;
-        case.assert_within(F64, "distance", &distance)?;
-        let gradients = (distance * Tensor::new(&[1.0, -2.0], a.device())?)?.sum_all()?.backward()?;
-        case.assert_within(F64, "a_gradient", gradients.get(&a).context("no gradient")?)?;
-        case.assert_within(F64, "b_gradient", gradients.get(&b).context("no gradient")?)?;
-        // Equal images have no distance, and a gradient that is 0, not NaN.
-        let same = model.forward(&a, &a)?;
-        assert_eq!(same.to_vec1::<f64>()?, [0.0, 0.0]);
-        let gradient = same.sum_all()?.backward()?.remove(&a).context("no gradient")?;
-        assert_eq!(gradient.abs()?.max_all()?.to_scalar::<f64>()?, 0.0);
+        for (dtype, limit) in KINDS {
+            let weights = case.weights_as(dtype)?;
+            let model = Lpips::load(&lpips::Config { widths, ..config.clone() }, &weights, &weights)?;
+            let image = |name: &str| -> Result<Var> { Ok(Var::from_tensor(&case.get_as(name, dtype)?)?) };
+            let (a, b) = (image("a")?, image("b")?);
+            let distance = model.forward(&a, &b)?;
+            case.assert_within(limit, "distance", &distance)?;
+            let signs = Tensor::new(&[1.0, -2.0], a.device())?.to_dtype(dtype)?;
+            let gradients = (distance * signs)?.sum_all()?.backward()?;
+            case.assert_within(limit, "a_gradient", gradients.get(&a).context("no gradient")?)?;
+            case.assert_within(limit, "b_gradient", gradients.get(&b).context("no gradient")?)?;
+            // Equal images have no distance, and a gradient that is 0, not NaN.
+            let same = model.forward(&a, &a)?;
+            assert_eq!(norm(&same)?, 0.0);
+            assert_eq!(norm(&same.sum_all()?.backward()?.remove(&a).context("no gradient")?)?, 0.0);
+        }
     }
     Ok(())
 }
@@ -43,16 +47,36 @@ fn lpips_has_the_published_tensors() -> Result<()> {
 }
 
 #[test]
+fn yunet_has_the_published_tensors() -> Result<()> {
+    let weights = Weights::shapes_only();
+    YuNet::load(&yunet::Config::yunet(), &weights)?;
+    let shapes = weights.shapes();
+    assert_eq!(shapes.len(), 106);
+    for (name, shape) in [
+        ("429", vec![32, 1, 3, 3]),
+        ("backbone.model2.conv2.conv1.weight", vec![64, 32, 1, 1]),
+        ("neck.lateral_convs.2.conv1.bias", vec![64]),
+        ("462", vec![64, 1, 3, 3]),
+        ("bbox_head.multi_level_kps.0.conv2.weight", vec![10, 1, 3, 3]),
+    ] {
+        assert_eq!(shapes.get(name), Some(&shape), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
 fn yunet_says_what_its_graph_says() -> Result<()> {
     let case = Case::load("perception", "yunet")?;
     let config = yunet::Config { widths: [3, 4, 5, 6, 6, 6], ..yunet::Config::yunet() };
-    let levels = YuNet::load(&config, &case.weights())?.levels(case.get("images")?)?;
-    for (i, level) in levels.iter().enumerate() {
-        assert_eq!(level.stride, 8 << i);
-        case.assert_within(F64, &format!("{i}.cls"), &level.scores)?;
-        case.assert_within(F64, &format!("{i}.obj"), &level.objectness)?;
-        case.assert_within(F64, &format!("{i}.bbox"), &level.boxes)?;
-        case.assert_within(F64, &format!("{i}.kps"), &level.landmarks)?;
+    for (dtype, limit) in KINDS {
+        let model = YuNet::load(&config, &case.weights_as(dtype)?)?;
+        for (i, level) in model.levels(&case.get_as("images", dtype)?)?.iter().enumerate() {
+            assert_eq!(level.stride, 8 << i);
+            case.assert_within(limit, &format!("{i}.cls"), &level.scores)?;
+            case.assert_within(limit, &format!("{i}.obj"), &level.objectness)?;
+            case.assert_within(limit, &format!("{i}.bbox"), &level.boxes)?;
+            case.assert_within(limit, &format!("{i}.kps"), &level.landmarks)?;
+        }
     }
     Ok(())
 }

@@ -26,15 +26,9 @@ impl Case {
         self.tensors.get(name).with_context(|| format!("the fixture has no `{}.{name}`", self.name))
     }
 
-    /// The tensors under `<prefix>.`, as frozen weights.
-    pub fn weights_at(&self, prefix: &str) -> Weights {
-        let strip = |key: &String| Some(key.strip_prefix(prefix)?.strip_prefix('.')?.to_string());
-        let tensors = self.tensors.iter().filter_map(|(key, tensor)| Some((strip(key)?, tensor.clone())));
-        Weights::frozen(&self.name, tensors.collect())
-    }
-
-    pub fn weights(&self) -> Weights {
-        self.weights_at("weights")
+    /// A tensor, converted.
+    pub fn get_as(&self, name: &str, dtype: DType) -> Result<Tensor> {
+        Ok(self.get(name)?.to_dtype(dtype)?)
     }
 
     /// The tensors under `weights.`, converted.
@@ -46,10 +40,11 @@ impl Case {
 
     /// Fails unless the relative error `||found - expected|| / ||expected||` is below the limit; prints it.
     pub fn assert_within(&self, limit: f64, name: &str, found: &Tensor) -> Result<()> {
-        let (expected, found) = (self.get(name)?.to_dtype(DType::F64)?, found.to_dtype(DType::F64)?);
+        let kind = found.dtype();
+        let (expected, found) = (self.get_as(name, DType::F64)?, found.to_dtype(DType::F64)?);
         ensure!(found.dims() == expected.dims(), "{name}: shape {:?}, expected {:?}", found.dims(), expected.dims());
         let error = norm(&(found - &expected)?)? / norm(&expected)?;
-        println!("{}.{name}: relative error {error:.1e}", self.name);
+        println!("{}.{name} ({kind:?}): relative error {error:.1e}", self.name);
         ensure!(error < limit, "{}.{name}: relative error {error:e}", self.name);
         Ok(())
     }

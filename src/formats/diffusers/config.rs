@@ -114,7 +114,7 @@ fn layers(json: &JsonConfig) -> Result<usize> {
 
 fn heads(json: &JsonConfig, width: usize) -> Result<usize> {
     match json.count("num_attention_heads")? {
-        heads if width % heads == 0 => Ok(heads),
+        heads if width.is_multiple_of(heads) => Ok(heads),
         _ => Err(json.fault("num_attention_heads", format!("a divisor of the width {width}"))),
     }
 }

@@ -6,11 +6,12 @@ mod json;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::tensor_file::{TensorFile, format_error};
+use super::tensor_file::{Expected, TensorFile, format_error};
 use crate::Result;
 use crate::nn::Weights;
 
@@ -97,11 +98,16 @@ impl Folder {
         TensorFile::open(self.weights_path()?)
     }
 
-    /// The component's weights, for a network to load itself from.
+    /// The component's weights, for a network to load itself from, converted to `dtype`. `shapes` are the names and
+    /// shapes that the network asks for ([`Weights::shapes`]): the whole file is compared with them before any tensor is
+    /// read. Buffers that old versions saved (`position_ids`) may be there besides.
     ///
     /// # Errors
-    /// Those of [`Folder::tensors`].
-    pub fn weights(&self, dtype: DType, device: &Device) -> Result<Weights> {
-        Ok(Weights::from_file(self.tensors()?, dtype, device))
+    /// Those of [`Folder::tensors`]; [`crate::Error::Tensor`] naming the first tensor that is missing, misshapen or one
+    /// too many.
+    pub fn weights(&self, shapes: &BTreeMap<String, Vec<usize>>, dtype: DType, device: &Device) -> Result<Weights> {
+        let file = self.tensors()?;
+        file.expect(&Expected { prefix: "", shapes, ignored: &["position_ids"] })?;
+        Ok(Weights::from_file(file, dtype, device))
     }
 }

@@ -24,9 +24,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::info::{StoredDtype, TensorInfo};
 use super::ip_adapter::{is_pytorch, lookup, resampler_config};
 use super::pytorch::{self, Node};
-use super::tensor_file::{StoredDtype, TensorFile, TensorInfo, format_error};
+use super::tensor_file::{TensorFile, format_error};
 use crate::lookahead::{FaceEncoderConfig, KvEncoderConfig};
 use crate::models::unet::{self, UNet};
 use crate::nn::Weights;

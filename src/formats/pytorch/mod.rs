@@ -1,10 +1,11 @@
-//! PyTorch's zip files (`.bin`, `.pt`, `.pth` since version 1.6): a pickle that says which tensors there are, and their
-//! numbers, each storage a member of the archive.
+//! PyTorch's files (`.bin`, `.pt`, `.pth`): a pickle that says which tensors there are, and their numbers. Since version
+//! 1.6 they are zip files, each storage a member; before, pickles and storages follow one another.
 //!
 //! A pickle is a program. This reader is no interpreter of such programs: it knows the few instructions and the few
 //! names that tensors in nested dictionaries take, makes plain data of them, and refuses everything else by name.
 //! Nothing of a file is ever called or executed.
 
+mod legacy;
 mod pickle;
 mod storage;
 mod unpickle;
@@ -12,17 +13,19 @@ mod writer;
 mod zip;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use super::tensor_file::{Contents, Entry, Place, format_error};
 use crate::{Error, Result};
-use storage::TensorRecord;
+use storage::{StorageRecord, TensorRecord};
 use zip::Archive;
 
+pub(super) use legacy::{MAGIC as LEGACY_MAGIC, contents as legacy_contents};
 pub use writer::{Node, write};
 
-/// A description of tensors should not be longer than this: SDXL's takes a few hundred KB.
-const MOST_PICKLE: usize = 256 << 20;
+/// A description of tensors should not be longer than this: the released checkpoint's takes a MB.
+const MOST_PICKLE: usize = 64 << 20;
 
 pub(super) fn contents(path: &Path, bytes: &[u8]) -> Result<Contents> {
     let wrong = |reason: String| format_error(path, reason);
@@ -35,17 +38,26 @@ pub(super) fn contents(path: &Path, bytes: &[u8]) -> Result<Contents> {
         let name = format!("{root}{name}");
         archive.member(&name).map_err(|reason| wrong(format!("member `{name}`: {reason}")))
     };
-    if let Ok(order) = member("byteorder") {
-        if bytes.get(order) != Some(b"little") {
-            return Err(wrong("saved on a big-endian machine, which is not supported".into()));
-        }
+    if let Ok(order) = member("byteorder")
+        && bytes.get(order) != Some(b"little")
+    {
+        return Err(wrong("saved on a big-endian machine, which is not supported".into()));
     }
     let program = member("data.pkl")?;
     if program.len() > MOST_PICKLE {
         return Err(wrong(format!("`data.pkl` of {} bytes, expected at most {MOST_PICKLE}", program.len())));
     }
-    let values = pickle::read(&bytes[program]).map_err(|reason| wrong(format!("`data.pkl`: {reason}")))?;
+    let (values, _) = pickle::read(&bytes[program]).map_err(|reason| wrong(format!("`data.pkl`: {reason}")))?;
     let records = unpickle::tensors(&values).map_err(|reason| wrong(format!("`data.pkl`: {reason}")))?;
+    entries(path, records, |storage| member(&format!("data/{}", storage.key)))
+}
+
+/// The tensors, where their storages have the size that the pickle says and they lie in them.
+fn entries(
+    path: &Path,
+    records: BTreeMap<String, TensorRecord>,
+    span: impl Fn(&StorageRecord) -> Result<Range<usize>>,
+) -> Result<Contents> {
     let mut entries = BTreeMap::new();
     for (name, record) in records {
         let fault = |expected: String, found: String| Error::Tensor {
@@ -55,7 +67,7 @@ pub(super) fn contents(path: &Path, bytes: &[u8]) -> Result<Contents> {
             found,
         };
         let TensorRecord { storage, offset, info, strides } = record;
-        let span = member(&format!("data/{}", storage.key))?;
+        let span = span(&storage)?;
         let size = info.dtype.size();
         if storage.elements.checked_mul(size) != Some(span.len()) {
             let expected = format!("a storage of {} numbers of {size} bytes", storage.elements);

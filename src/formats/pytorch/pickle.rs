@@ -5,6 +5,10 @@
 
 use std::collections::HashMap;
 
+/// How many values a pickle may have, and how many may lie on its stack. A tensor takes some 25; the released checkpoint
+/// has a hundred thousand.
+const MOST_VALUES: usize = 1 << 22;
+
 /// The place of a value in the table.
 pub(super) type Id = usize;
 
@@ -76,13 +80,13 @@ struct Reader<'a> {
     memo: HashMap<u32, Id>,
 }
 
-/// Reads a pickle.
-pub(super) fn read(bytes: &[u8]) -> Result<Values, String> {
+/// Reads a pickle; also tells how many bytes it takes.
+pub(super) fn read(bytes: &[u8]) -> Result<(Values, usize), String> {
     let mut reader =
         Reader { bytes, at: 0, table: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
     while let Some(result) = reader.step()? {
         if let Some(result) = result {
-            return Ok(Values { table: reader.table, result });
+            return Ok((Values { table: reader.table, result }, reader.at));
         }
     }
     Err("cut off".into())
@@ -167,7 +171,7 @@ impl<'a> Reader<'a> {
     fn set_items(&mut self, items: &[Id]) -> Result<(), String> {
         let dict = self.top()?;
         match self.table.get_mut(dict) {
-            Some(Value::Dict(entries)) if items.len() % 2 == 0 => {
+            Some(Value::Dict(entries)) if items.len().is_multiple_of(2) => {
                 entries.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
                 Ok(())
             }
@@ -204,6 +208,9 @@ impl<'a> Reader<'a> {
     /// One instruction. `Some(Some(id))` at the end of the program, `None` at the end of the bytes.
     fn step(&mut self) -> Result<Option<Option<Id>>, String> {
         let Some(instruction) = self.bytes.get(self.at).copied() else { return Ok(None) };
+        if self.table.len().max(self.stack.len()).max(self.marks.len()) > MOST_VALUES {
+            return Err(format!("more than {MOST_VALUES} values"));
+        }
         self.at += 1;
         match instruction {
             0x80 => {

@@ -1,6 +1,6 @@
 //! How a pickle describes tensors: a storage, and a view of it.
 
-use super::super::tensor_file::{StoredDtype, TensorInfo};
+use super::super::info::{StoredDtype, TensorInfo};
 
 /// A storage: the numbers of one or more tensors.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::tensor_file::TensorInfo;
+use super::super::info::TensorInfo;
 use super::pickle::{Id, Name, Value, Values};
 use super::storage::{StorageRecord, TensorRecord, storage_dtype};
 
@@ -106,6 +106,8 @@ impl Values {
     fn storage(&self, id: Id) -> Result<StorageRecord, String> {
         let members: Vec<&Value> =
             self.tuple(id).unwrap_or_default().iter().filter_map(|id| self.table.get(*id)).collect();
+        // Before version 1.6 a sixth member follows, for views of storages that no version since 0.4 has written.
+        let members = if let [five @ .., Value::None] = &members[..] { five } else { &members[..] };
         match members[..] {
             [Value::Text(kind), Value::Name(Name::Storage(class)), Value::Text(key), _, Value::Int(count)]
                 if kind == "storage" =>

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use candle_core::Tensor;
 
+use super::super::info::{StoredDtype, TensorInfo};
 use super::super::safetensors::{bytes_of, write_whole};
-use super::super::tensor_file::{StoredDtype, TensorInfo, format_error};
+use super::super::tensor_file::format_error;
 use super::storage::{contiguous_strides, storage_class};
 use crate::{Error, Result};
 

@@ -106,6 +106,7 @@ impl<'a> Archive<'a> {
         let header = self.bytes.get(member.header..).filter(|header| header.starts_with(LOCAL));
         let header = header.ok_or("its header is damaged")?;
         let lengths = u16_at(header, 26).zip(u16_at(header, 28)).ok_or("its header is cut off")?;
+        // The header lies in the file, so this cannot overflow.
         let start = member.header + 30 + usize::from(lengths.0) + usize::from(lengths.1);
         let end = start.checked_add(member.size).filter(|end| *end <= self.bytes.len());
         let end = end.ok_or_else(|| format!("claims {} bytes, more than the file has", member.size))?;
@@ -127,4 +128,57 @@ fn with_extension(mut fields: [u64; 3], mut extra: &[u8]) -> Option<[u64; 3]> {
         extra = extra.get(end..)?;
     }
     Some(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An archive of one member, whose sizes and place are in the 64-bit extension, as in files beyond 4 GB.
+    fn archive(content: &[u8], size: u64) -> Vec<u8> {
+        let mut bytes = LOCAL.to_vec();
+        bytes.extend([0; 22]);
+        bytes.extend([1, 0, 0, 0]);
+        bytes.push(b'a');
+        bytes.extend(content);
+        let directory = bytes.len() as u64;
+        bytes.extend(CENTRAL);
+        bytes.extend([0; 16]);
+        bytes.extend([0xff; 8]);
+        bytes.extend([1, 0, 28, 0]);
+        bytes.extend([0; 10]);
+        bytes.extend([0xff; 4]);
+        bytes.push(b'a');
+        bytes.extend([1, 0, 24, 0]);
+        [size, size, 0].iter().for_each(|field| bytes.extend(field.to_le_bytes()));
+        let end_64 = bytes.len() as u64;
+        bytes.extend(END_64);
+        bytes.extend([0; 28]);
+        [1, 75, directory].iter().for_each(|field: &u64| bytes.extend(field.to_le_bytes()));
+        bytes.extend(LOCATOR_64);
+        bytes.extend([0; 4]);
+        bytes.extend(end_64.to_le_bytes());
+        bytes.extend([0; 4]);
+        bytes.extend(END);
+        bytes.extend([0; 4]);
+        bytes.extend([0xff; 12]);
+        bytes.extend([0; 2]);
+        bytes
+    }
+
+    #[test]
+    fn sizes_and_places_beyond_32_bits_are_read_from_the_extension() {
+        let bytes = archive(b"numbers", 7);
+        let span = Archive::read(&bytes).unwrap().member("a").unwrap();
+        assert_eq!(&bytes[span], b"numbers");
+    }
+
+    #[test]
+    fn a_member_that_claims_more_than_the_file_has_is_refused() {
+        let bytes = archive(b"numbers", 1 << 50);
+        let error = Archive::read(&bytes).unwrap().member("a").unwrap_err();
+        assert_eq!(error, "claims 1125899906842624 bytes, more than the file has");
+        let bytes = archive(b"numbers", u64::MAX);
+        assert!(Archive::read(&bytes).unwrap().member("a").is_err());
+    }
 }

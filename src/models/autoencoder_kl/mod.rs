@@ -69,7 +69,7 @@ impl Config {
         if !(1..=8).contains(&levels) {
             return fault("block_out_channels", format!("expected 1 to 8 resolutions, found {levels}"));
         }
-        let fits = |channels: &usize| (1..=1 << 14).contains(channels) && groups > 0 && channels % groups == 0;
+        let fits = |channels: &usize| (1..=1 << 14).contains(channels) && groups > 0 && channels.is_multiple_of(groups);
         if let Some(channels) = self.block_out_channels.iter().find(|channels| !fits(channels)) {
             let reason = format!("expected multiples of norm_num_groups ({groups}) up to 16384, found {channels}");
             return fault("block_out_channels", reason);

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::Config;
 use super::pass::{Pass, Recording};
 use crate::Result;
-use crate::nn::{GroupNorm, LayerNorm, Linear, Loras, Weights};
+use crate::nn::{GroupNorm, LayerNorm, Linear, Loras, StackedLinear, Weights};
 use crate::ops::{self, Mask};
 
 /// One attention layer's projections.
@@ -15,18 +15,61 @@ struct Attention {
     to_k: Linear,
     to_v: Linear,
     to_out: Linear,
+    /// Queries, keys and values in one product (self-attention), or keys and values (cross-attention), where frozen
+    /// weights lie on a GPU.
+    stacked: Option<StackedLinear>,
     heads: usize,
 }
 
 impl Attention {
-    fn load(channels: usize, context: usize, heads: usize, weights: &Weights) -> Result<Self> {
-        Ok(Attention {
-            to_q: Linear::load(channels, channels, false, &weights.pp("to_q"))?,
-            to_k: Linear::load(context, channels, false, &weights.pp("to_k"))?,
-            to_v: Linear::load(context, channels, false, &weights.pp("to_v"))?,
-            to_out: Linear::load(channels, channels, true, &weights.pp("to_out").pp(0))?,
-            heads,
-        })
+    /// Self-attention where `context` is `None`, else cross-attention to hidden states of that width.
+    fn load(channels: usize, context: Option<usize>, heads: usize, weights: &Weights) -> Result<Self> {
+        let width = context.unwrap_or(channels);
+        let mut to_q = Linear::load(channels, channels, false, &weights.pp("to_q"))?;
+        let mut to_k = Linear::load(width, channels, false, &weights.pp("to_k"))?;
+        let mut to_v = Linear::load(width, channels, false, &weights.pp("to_v"))?;
+        let stacked = match context {
+            None => StackedLinear::new(&mut [&mut to_q, &mut to_k, &mut to_v])?,
+            Some(_) => StackedLinear::new(&mut [&mut to_k, &mut to_v])?,
+        };
+        let to_out = Linear::load(channels, channels, true, &weights.pp("to_out").pp(0))?;
+        Ok(Attention { to_q, to_k, to_v, to_out, stacked, heads })
+    }
+
+    fn stacked(&self, x: &Tensor, loras: &Loras) -> Result<Option<Tensor>> {
+        self.stacked.as_ref().map_or(Ok(None), |stacked| stacked.forward(x, loras))
+    }
+
+    /// Self-attention on normed hidden states, extended by a reference's keys and values where there are any.
+    fn attend_to_self(&self, x: &Tensor, reference: Option<&(Tensor, Tensor)>, pass: &Pass) -> Result<Tensor> {
+        let reference = reference.map(|(key, value)| (key, value));
+        let sees = pass.sees_reference.as_deref();
+        if let Some(packed) = self.stacked(x, &pass.loras)? {
+            return ops::attention_packed(&packed, reference, sees, self.heads);
+        }
+        let query = self.to_q.forward_adapted(x, &pass.loras)?;
+        let (key, value) = self.key_value(x, &pass.loras)?;
+        match (reference, sees) {
+            (Some(reference), Some(sees)) => ops::attention_where(&query, (&key, &value), reference, sees, self.heads),
+            (reference, _) => ops::attention(&query, (&key, &value), reference, self.heads, Mask::None),
+        }
+    }
+
+    /// Cross-attention of normed hidden states to text and, where there are any, image tokens with a scale.
+    fn attend_to_text(
+        &self,
+        x: &Tensor,
+        text: &Tensor,
+        image: Option<(&(Tensor, Tensor), f64)>,
+        loras: &Loras,
+    ) -> Result<Tensor> {
+        let image = image.map(|((key, value), scale)| ((key, value), scale));
+        let query = self.to_q.forward_adapted(x, loras)?;
+        if let Some(packed) = self.stacked(text, loras)? {
+            return ops::cross_attention_packed(&query, &packed, image, self.heads);
+        }
+        let (key, value) = self.key_value(text, loras)?;
+        ops::cross_attention(&query, (&key, &value), image, self.heads)
     }
 
     fn key_value(&self, x: &Tensor, loras: &Loras) -> Result<(Tensor, Tensor)> {
@@ -62,9 +105,9 @@ impl TransformerBlock {
         Ok(TransformerBlock {
             name: weights.path(""),
             norm1: norm("norm1")?,
-            attn1: Attention::load(channels, channels, heads, &weights.pp("attn1"))?,
+            attn1: Attention::load(channels, None, heads, &weights.pp("attn1"))?,
             norm2: norm("norm2")?,
-            attn2: Attention::load(channels, config.cross_attention_dim, heads, &weights.pp("attn2"))?,
+            attn2: Attention::load(channels, Some(config.cross_attention_dim), heads, &weights.pp("attn2"))?,
             norm3: norm("norm3")?,
             proj: Linear::load(channels, channels * 8, true, &ff.pp(0).pp("proj"))?,
             out: Linear::load(channels * 4, channels, true, &ff.pp(2))?,
@@ -79,7 +122,8 @@ impl TransformerBlock {
         }
     }
 
-    /// Self-attention, cross-attention, feed-forward, each on a normed input and added to the residual stream.
+    /// Self-attention, cross-attention, feed-forward, each on a normed input and added to the residual stream. Returns
+    /// the stream and, where the block behind this one has a norm, what that makes of it.
     fn forward(
         &self,
         hidden: &Tensor,
@@ -87,28 +131,27 @@ impl TransformerBlock {
         text: &Tensor,
         inputs: &BlockInputs,
         pass: &Pass,
-        image_scale: f64,
-    ) -> Result<Tensor> {
+        next_norm: Option<&LayerNorm>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let loras = &pass.loras;
-        let query = self.attn1.to_q.forward_adapted(normed, loras)?;
-        let (key, value) = self.attn1.key_value(normed, loras)?;
-        let (own, heads) = ((&key, &value), self.attn1.heads);
-        let attended = match (&inputs.reference, &pass.sees_reference) {
-            (Some((key, value)), Some(sees)) => ops::attention_where(&query, own, (key, value), sees, heads)?,
-            (Some((key, value)), None) => ops::attention(&query, own, Some((key, value)), heads, Mask::None)?,
-            (None, _) => ops::attention(&query, own, None, heads, Mask::None)?,
-        };
-        let hidden = self.attn1.to_out.forward_adding(&attended, loras, Some(hidden))?;
+        let attended = self.attn1.attend_to_self(normed, inputs.reference.as_ref(), pass)?;
+        let attended = self.attn1.to_out.forward_adapted(&attended, loras)?;
+        let (hidden, normed) = self.norm2.forward_adding(&attended, hidden)?;
 
-        let normed = self.norm2.forward(&hidden)?;
-        let query = self.attn2.to_q.forward_adapted(&normed, loras)?;
-        let (key, value) = self.attn2.key_value(text, loras)?;
-        let image = inputs.image.as_ref().map(|(key, value)| ((key, value), image_scale));
-        let attended = ops::cross_attention(&query, (&key, &value), image, self.attn2.heads)?;
-        let hidden = self.attn2.to_out.forward_adding(&attended, loras, Some(&hidden))?;
+        let scale = pass.image_tokens.as_ref().map_or(0.0, |tokens| tokens.scale);
+        let image = inputs.image.as_ref().map(|image| (image, scale));
+        let attended = self.attn2.attend_to_text(&normed, text, image, loras)?;
+        let attended = self.attn2.to_out.forward_adapted(&attended, loras)?;
+        let (hidden, normed) = self.norm3.forward_adding(&attended, &hidden)?;
 
-        let gated = ops::geglu(&self.proj.forward_adapted(&self.norm3.forward(&hidden)?, loras)?)?;
-        self.out.forward_adding(&gated, loras, Some(&hidden))
+        let gated = ops::geglu(&self.proj.forward_adapted(&normed, loras)?)?;
+        match next_norm {
+            Some(norm) => {
+                let (hidden, normed) = norm.forward_adding(&self.out.forward_adapted(&gated, loras)?, &hidden)?;
+                Ok((hidden, Some(normed)))
+            }
+            None => Ok((self.out.forward_adding(&gated, loras, Some(&hidden))?, None)),
+        }
     }
 }
 
@@ -159,19 +202,23 @@ impl Transformer {
         last: Option<&str>,
     ) -> Result<TransformerOutput> {
         let (batch, height, width, channels) = x.dims4()?;
-        let image_scale = pass.image_tokens.as_ref().map_or(0.0, |tokens| tokens.scale);
         let tokens = ops::reshape(&self.norm.forward(x)?, (batch, height * width, channels))?;
         let mut hidden = self.proj_in.forward_adapted(&tokens, &pass.loras)?;
         let mut recorded = Vec::new();
-        for (block, inputs) in self.blocks.iter().zip(inputs) {
-            let normed = block.norm1.forward(&hidden)?;
+        let mut normed = None;
+        for (i, (block, inputs)) in self.blocks.iter().zip(inputs).enumerate() {
+            let block_input = match normed.take() {
+                Some(normed) => normed,
+                None => block.norm1.forward(&hidden)?,
+            };
             if let Some(recording) = recording.filter(|recording| recording.includes(&block.name)) {
-                recorded.push(block.record(&normed, pass, recording)?);
+                recorded.push(block.record(&block_input, pass, recording)?);
                 if last == Some(block.name.as_str()) {
                     return Ok(TransformerOutput { hidden: None, recorded });
                 }
             }
-            hidden = block.forward(&hidden, &normed, text, inputs, pass, image_scale)?;
+            let next_norm = self.blocks.get(i + 1).map(|next| &next.norm1);
+            (hidden, normed) = block.forward(&hidden, &block_input, text, inputs, pass, next_norm)?;
         }
         let residual = ops::reshape(x, (batch, height * width, channels))?;
         let hidden = self.proj_out.forward_adding(&hidden, &pass.loras, Some(&residual))?;

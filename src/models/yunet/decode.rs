@@ -64,8 +64,7 @@ pub(super) fn decode(levels: &[Grid], score_threshold: f64) -> Vec<Detection> {
         let stride = grid.stride as f64;
         for (place, (score, objectness)) in grid.scores.iter().zip(&grid.objectness).enumerate() {
             let score = (logistic(*score) * logistic(*objectness)).sqrt();
-            // Not a number is no face.
-            if !(score >= score_threshold) {
+            if score.is_nan() || score < score_threshold {
                 continue;
             }
             let (column, row) = ((place % grid.width) as f64, (place / grid.width) as f64);

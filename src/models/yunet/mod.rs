@@ -38,7 +38,7 @@ pub struct Config {
 impl Config {
     /// The published network, of 640 pixels and 0.3 overlap as published, and a score of 0.6.
     pub fn yunet() -> Self {
-        Config { widths: [16, 16, 32, 64, 64, 64], max_side: 640, score_threshold: 0.6, overlap_threshold: 0.3 }
+        Config { widths: [16, 32, 64, 64, 64, 64], max_side: 640, score_threshold: 0.6, overlap_threshold: 0.3 }
     }
 
     fn check(&self) -> Result<()> {
@@ -47,7 +47,9 @@ impl Config {
             return Err(Error::Config {
                 source_name: "yunet".into(),
                 field: "widths".into(),
-                reason: format!("expected 1 to 4096, the last three equal, and max_side above 0; found {self:?}"),
+                reason: format!(
+                    "expected 1 to 4096, the last three (those the neck reads) equal, and max_side above 0; found {self:?}"
+                ),
             });
         }
         Ok(())

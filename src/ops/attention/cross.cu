@@ -9,7 +9,7 @@ struct Forward {
   float *lse_image;
 };
 
-template <int TEXT> constexpr int BLOCKS = TEXT > 5 ? 2 : 3; // at once on a multiprocessor, as far as registers go
+template <int TEXT> constexpr int BLOCKS = TEXT > 5 ? 2 : 4; // at once on a multiprocessor, as far as registers go
 
 // weights (16 x 16 GROUPS, packed) = factor * softmax of scale * scores, of which `count` columns are real; and the log-sum-exp of a thread's two rows.
 template <typename T, int GROUPS>
@@ -42,25 +42,23 @@ __device__ __forceinline__ void softmax(uint32_t (&weights)[2 * GROUPS][2], floa
   }
 }
 
-// One term of the output for M operands of queries: sums += factor softmax(scale q k^T) v.
-template <typename T, int GROUPS, int M>
-__device__ __forceinline__ void add_term(float (&sums)[M][D / 8][4], float (&lse)[M][2], const Operand (&queries)[M], const T *keys, const T *values,
-                                         int count, float scale, float factor) {
-  float scores[M][2 * GROUPS][4];
-  uint32_t weights[M][2 * GROUPS][2];
-  dot_keys<T, GROUPS, M>(scores, queries, keys);
-#pragma unroll
-  for (int m = 0; m < M; m++) softmax<T, GROUPS>(weights[m], lse[m], scores[m], count, scale, factor);
-  add_weighted<T, GROUPS, M>(sums, weights, values);
+// One term of the output of 16 queries: sums += factor softmax(scale q k^T) v.
+template <typename T, int GROUPS>
+__device__ __forceinline__ void add_term(float (&sums)[D / 8][4], float (&lse)[2], const Operand &queries, const T *keys, const T *values, int count,
+                                         float scale, float factor) {
+  float scores[2 * GROUPS][4];
+  uint32_t weights[2 * GROUPS][2];
+  dot_keys<T, GROUPS>(scores, queries, keys);
+  softmax<T, GROUPS>(weights, lse, scores, count, scale, factor);
+  add_weighted<T, GROUPS>(sums, weights, values);
 }
 
 // out (batch, tokens, heads * 64) = softmax(scale q k^T) v + image_scale softmax(scale q k2^T) v2, with up to 16 TEXT and 16 IMAGE keys, and both
 // log-sum-exps (batch, heads, tokens) where wanted. Grid: (shares of the queries, heads, batch). A block keeps the head's keys and values in shared memory;
-// each of its 4 warps goes over tiles of 16 M queries, all of whose scores fit its registers, while the next two tiles are on their way. M = 2 halves what
-// is read of the keys, which bounds the loop otherwise.
-template <typename T, int TEXT, int IMAGE, int M>
-__global__ void __launch_bounds__(THREADS, BLOCKS<TEXT>) forward(const __grid_constant__ Forward call) {
-  constexpr int TEXT_SIZE = TEXT * 16 * STRIDE<D>, IMAGE_SIZE = IMAGE * 16 * STRIDE<D>, SLOTS = M * 4 * 32, TILE = M * ROWS;
+// each of its 4 warps goes over tiles of 16 queries, all of whose scores fit its registers, while the next two tiles are on their way. Many warps beat few
+// with more to do at once: tiles of 32 queries halve what is read of the keys, and were slower.
+template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THREADS, BLOCKS<TEXT>) forward(const __grid_constant__ Forward call) {
+  constexpr int TEXT_SIZE = TEXT * 16 * STRIDE<D>, IMAGE_SIZE = IMAGE * 16 * STRIDE<D>, SLOTS = 4 * 32;
   const LcmAttention &a = call.a;
   extern __shared__ __align__(16) unsigned char shared[];
   const int head = blockIdx.y, sample = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = head * D;
@@ -68,13 +66,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TEXT>) forward(const __grid_co
   T *keys = reinterpret_cast<T *>(shared + WARPS * STAGES * SLOTS * sizeof(uint4)), *values = keys + TEXT_SIZE;
   T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
 
-  const Share share(a.tokens, TILE);
-  const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column;
-  T *out = static_cast<T *>(a.out) + sample * a.out_batch + column;
-  auto fetch = [&](int stage, int tile) {
-#pragma unroll
-    for (int m = 0; m < M; m++) copy_rows(ring + stage * SLOTS + m * 4 * 32, q, a.q_row, tile * TILE + m * ROWS, a.tokens);
-  };
   // The keys go first: everything waits for them, and they would queue behind the queries of all blocks.
   const bool image = portable::sees_reference(a, sample);
   copy_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
@@ -85,10 +76,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TEXT>) forward(const __grid_co
     copy_keys<T, IMAGE>(image_values, a.v2, from * a.v2_batch + column, a.v2_row, a.reference_tokens);
   }
   mma::commit();
+  const Share share(a.tokens);
+  const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column;
+  T *out = static_cast<T *>(a.out) + sample * a.out_batch + column;
 #pragma unroll
   for (int stage = 0; stage < STAGES; stage++) {
     const int tile = share.begin + warp + stage * WARPS;
-    if (tile < share.end) fetch(stage, tile);
+    if (tile < share.end) copy_rows(ring + stage * SLOTS, q, a.q_row, tile * ROWS, a.tokens);
     mma::commit();
   }
   mma::wait<STAGES>();
@@ -98,42 +92,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TEXT>) forward(const __grid_co
   int stage = 0;
   for (int tile = share.begin + warp; tile < share.end; tile += WARPS) {
     mma::wait<STAGES - 1>();
-    Operand queries[M];
-#pragma unroll
-    for (int m = 0; m < M; m++) queries[m] = read_rows(ring + stage * SLOTS + m * 4 * 32);
-    if (tile + STAGES * WARPS < share.end) fetch(stage, tile + STAGES * WARPS);
+    const Operand queries = read_rows(ring + stage * SLOTS);
+    if (tile + STAGES * WARPS < share.end) copy_rows(ring + stage * SLOTS, q, a.q_row, (tile + STAGES * WARPS) * ROWS, a.tokens);
     mma::commit();
     stage = (stage + 1) % STAGES;
 
-    float sums[M][D / 8][4] = {}, lse[M][2], lse_image[M][2] = {};
-    add_term<T, TEXT, M>(sums, lse, queries, keys, values, a.own_tokens, a.scale, 1.f);
-    if (image) add_term<T, IMAGE, M>(sums, lse_image, queries, image_keys, image_values, a.reference_tokens, a.scale, call.image_scale);
+    float sums[D / 8][4] = {}, lse[2], lse_image[2] = {0.f, 0.f};
+    add_term<T, TEXT>(sums, lse, queries, keys, values, a.own_tokens, a.scale, 1.f);
+    if (image) add_term<T, IMAGE>(sums, lse_image, queries, image_keys, image_values, a.reference_tokens, a.scale, call.image_scale);
+    write_rows(sums, out, a.out_row, tile * ROWS, a.tokens);
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-      write_rows(sums[m], out, a.out_row, tile * TILE + m * ROWS, a.tokens);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = tile * TILE + m * ROWS + lane / 4 + half * 8;
-        const int64_t at = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens + row;
-        if (lane % 4 == 0 && row < a.tokens) {
-          if (a.lse != nullptr) a.lse[at] = lse[m][half];
-          if (call.lse_image != nullptr) call.lse_image[at] = lse_image[m][half];
-        }
+    for (int half = 0; half < 2; half++) {
+      const int row = tile * ROWS + lane / 4 + half * 8;
+      const int64_t at = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens + row;
+      if (lane % 4 == 0 && row < a.tokens) {
+        if (a.lse != nullptr) a.lse[at] = lse[half];
+        if (call.lse_image != nullptr) call.lse_image[at] = lse_image[half];
       }
     }
   }
 }
 
-template <typename T, int TEXT, int IMAGE, int M> int launch_forward(const Forward &call, cudaStream_t stream) {
+template <typename T, int TEXT, int IMAGE> int launch_forward(const Forward &call, cudaStream_t stream) {
   const LcmAttention &a = call.a;
-  const dim3 grid(shares(a, M * ROWS, BLOCKS<TEXT>), a.heads, a.batch);
-  const size_t shared = WARPS * STAGES * M * 4 * 32 * sizeof(uint4) + 2 * 16 * (TEXT + IMAGE) * STRIDE<D> * sizeof(T);
-  return portable::launch(forward<T, TEXT, IMAGE, M>, grid, THREADS, shared, call, stream);
+  const size_t shared = WARPS * STAGES * 4 * 32 * sizeof(uint4) + 2 * 16 * (TEXT + IMAGE) * STRIDE<D> * sizeof(T);
+  return portable::launch(forward<T, TEXT, IMAGE>, dim3(shares(a, BLOCKS<TEXT>), a.heads, a.batch), THREADS, shared, call, stream);
 }
 
 // The instance made for SDXL, or the one for any numbers of keys.
 template <typename T> int launch_forward(const Forward &call, cudaStream_t stream) {
-  return is_small(call.a) ? launch_forward<T, 5, 1, 2>(call, stream) : launch_forward<T, 8, 8, 1>(call, stream);
+  return is_small(call.a) ? launch_forward<T, 5, 1>(call, stream) : launch_forward<T, 8, 8>(call, stream);
 }
 
 } // namespace cross

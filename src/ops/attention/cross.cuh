@@ -15,8 +15,8 @@ using portable::THREADS;
 using portable::tiles_of;
 using portable::WARPS;
 
-constexpr int D = 64, ROWS = 16; // of an operand of queries: one warp's
-constexpr int STAGES = 2;        // tiles of queries on their way to a warp
+constexpr int D = 64, ROWS = 16; // of a tile of queries: one warp's
+constexpr int STAGES = 2;        // tiles of queries on their way to a warp (three were slower)
 
 // Starts the copy of `rows` rows of keys or values to shared memory, with zeros behind them up to GROUPS * 16.
 template <typename T, int GROUPS> __device__ __forceinline__ void copy_keys(T *tile, const void *matrix, int64_t offset, int64_t row_stride, int rows) {
@@ -77,53 +77,37 @@ template <typename T> __device__ __forceinline__ void write_rows(const float (&s
   }
 }
 
-// products (16 x 16 GROUPS) = rows keys^T, for M tiles of rows that share what is read of the keys.
-template <typename T, int GROUPS, int M>
-__device__ __forceinline__ void dot_keys(float (&products)[M][2 * GROUPS][4], const Operand (&rows)[M], const T *keys) {
+// products (16 x 16 GROUPS) = rows keys^T. Neighbouring products do not wait for each other.
+template <typename T, int GROUPS> __device__ __forceinline__ void dot_keys(float (&products)[2 * GROUPS][4], const Operand &rows, const T *keys) {
 #pragma unroll
-  for (int n = 0; n < GROUPS; n++) {
+  for (int n = 0; n < 2 * GROUPS; n++)
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int e = 0; e < 4; e++) products[n][e] = 0.f;
 #pragma unroll
-      for (int e = 0; e < 4; e++) products[m][2 * n][e] = products[m][2 * n + 1][e] = 0.f;
+  for (int k = 0; k < 4; k++)
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int n = 0; n < GROUPS; n++) {
       uint32_t right[4];
       mma::load_b_of_rows(right, keys + n * 16 * STRIDE<D> + k * 16, STRIDE<D>);
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        mma::multiply<T>(products[m][2 * n], rows[m].r[k], right[0], right[1]);
-        mma::multiply<T>(products[m][2 * n + 1], rows[m].r[k], right[2], right[3]);
-      }
+      mma::multiply<T>(products[2 * n], rows.r[k], right[0], right[1]);
+      mma::multiply<T>(products[2 * n + 1], rows.r[k], right[2], right[3]);
     }
-  }
 }
 
-// sums (16 x 64) += weights (16 x 16 GROUPS, packed as `products` are laid out) rows, likewise.
-template <typename T, int GROUPS, int M>
-__device__ __forceinline__ void add_weighted(float (&sums)[M][D / 8][4], const uint32_t (&weights)[M][2 * GROUPS][2], const T *rows) {
+// sums (16 x 64) += weights (16 x 16 GROUPS, packed as `products` are laid out) rows.
+template <typename T, int GROUPS>
+__device__ __forceinline__ void add_weighted(float (&sums)[D / 8][4], const uint32_t (&weights)[2 * GROUPS][2], const T *rows) {
 #pragma unroll
-  for (int k = 0; k < GROUPS; k++)
+  for (int k = 0; k < GROUPS; k++) {
+    const uint32_t left[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0], weights[2 * k + 1][1]};
 #pragma unroll
     for (int n = 0; n < D; n += 16) {
       uint32_t right[4];
       mma::load_b_of_columns(right, rows + k * 16 * STRIDE<D> + n, STRIDE<D>);
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        const uint32_t left[4] = {weights[m][2 * k][0], weights[m][2 * k][1], weights[m][2 * k + 1][0], weights[m][2 * k + 1][1]};
-        mma::multiply<T>(sums[m][n / 8], left, right[0], right[1]);
-        mma::multiply<T>(sums[m][n / 8 + 1], left, right[2], right[3]);
-      }
+      mma::multiply<T>(sums[n / 8], left, right[0], right[1]);
+      mma::multiply<T>(sums[n / 8 + 1], left, right[2], right[3]);
     }
-}
-
-// The same for one tile.
-template <typename T, int GROUPS> __device__ __forceinline__ void dot_keys(float (&products)[2 * GROUPS][4], const Operand &rows, const T *keys) {
-  dot_keys<T, GROUPS, 1>(reinterpret_cast<float(&)[1][2 * GROUPS][4]>(products), reinterpret_cast<const Operand(&)[1]>(rows), keys);
-}
-template <typename T, int GROUPS>
-__device__ __forceinline__ void add_weighted(float (&sums)[D / 8][4], const uint32_t (&weights)[2 * GROUPS][2], const T *rows) {
-  add_weighted<T, GROUPS, 1>(reinterpret_cast<float(&)[1][D / 8][4]>(sums), reinterpret_cast<const uint32_t(&)[1][2 * GROUPS][2]>(weights), rows);
+  }
 }
 
 __device__ __forceinline__ float sum_of_row(float x) {
@@ -134,19 +118,19 @@ __device__ __forceinline__ float sum_of_row(float x) {
 // The tiles of queries of a block: blocks along x share them out evenly.
 struct Share {
   int begin, end;
-  __device__ Share(int tokens, int rows) {
-    const int64_t tiles = tiles_of(tokens, rows);
+  __device__ explicit Share(int tokens) {
+    const int64_t tiles = tiles_of(tokens, ROWS);
     begin = static_cast<int>(tiles * blockIdx.x / gridDim.x), end = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x);
   }
 };
 
-// Into how many blocks to cut the queries of a head, given the rows of a tile and how many blocks run at once on a multiprocessor: the number that ends first when every warp takes
+// Into how many blocks to cut the queries of a head, given how many blocks run at once on a multiprocessor: the number that ends first when every warp takes
 // one unit of time a tile, and a block two more to begin with.
-inline int shares(const LcmAttention &a, int rows, int blocks_at_once) {
+inline int shares(const LcmAttention &a, int blocks_at_once) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t tiles = tiles_of(a.tokens, rows), heads = static_cast<int64_t>(a.heads) * a.batch;
+  const int64_t tiles = tiles_of(a.tokens, ROWS), heads = static_cast<int64_t>(a.heads) * a.batch;
   const int64_t slots = static_cast<int64_t>(processors) * blocks_at_once;
   int64_t best = 1, best_time = INT64_MAX;
   for (int64_t n = 1; n <= tiles && n <= 64; n++) {

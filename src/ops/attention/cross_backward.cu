@@ -140,7 +140,7 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + TEXT_SIZE;
   T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
 
-  const Share share(a.tokens, ROWS);
+  const Share share(a.tokens);
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const bool image = portable::sees_reference(a, sample);
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
@@ -229,7 +229,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) key_gradient
   T *keys = reinterpret_cast<T *>(shared + RING_BYTES), *values = keys + 16 * STRIDE<D>;
 
   const bool visible = text || portable::sees_reference(a, sample);
-  const Share share(a.tokens, ROWS);
+  const Share share(a.tokens);
   const int end = visible ? share.end : share.begin;
   const int64_t rows = (static_cast<int64_t>(sample) * a.heads + head) * a.tokens;
   const T *q = static_cast<const T *>(a.q) + sample * a.q_batch + column, *dout = static_cast<const T *>(call.g.dout) + sample * a.out_batch + column;
@@ -329,7 +329,7 @@ inline uintptr_t lay_out(Backward &call, uintptr_t memory) {
   const LcmAttentionGradient &g = call.g;
   const LcmAttention &a = g.forward;
   const int64_t heads = static_cast<int64_t>(a.batch) * a.heads;
-  call.shares = shares(a, ROWS, 2);
+  call.shares = shares(a, 2);
   auto take = [&](int64_t floats) {
     float *at = reinterpret_cast<float *>(memory);
     memory += (floats * sizeof(float) + 255) / 256 * 256;

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use candle_core::{DType, Tensor};
 
 use super::cuda::{Arguments, GradientArguments, arguments};
-use super::{Attention, Mask};
+use super::{Attention, Mask, Packing};
 use crate::Result;
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::cuda::{Buffer, check, cuda_device, pointer, stream};
@@ -33,34 +33,54 @@ const MOST_KEYS: usize = 128;
 /// The fused kernel's result, or `None` where it does not take the tensors.
 pub(super) fn cross_attention(
     q: &Tensor,
-    text: (&Tensor, &Tensor),
+    (keys, values): (&Tensor, &Tensor),
     image: Option<((&Tensor, &Tensor), f64)>,
     heads: usize,
 ) -> Result<Option<Tensor>> {
-    let Some(((image_keys, image_values), scale)) = image else { return Ok(None) };
-    let all = [q, text.0, text.1, image_keys, image_values];
-    let [(batch, _, channels), keys @ ..] = all.map(|tensor| tensor.dims3().unwrap_or((0, 0, 0)));
-    let fits = |(b, tokens, width): (usize, usize, usize), shared: bool| {
-        (b == batch || shared && b == 1) && (1..=MOST_KEYS).contains(&tokens) && width == channels
-    };
-    let same = |tensor: &&Tensor| tensor.dtype() == q.dtype() && tensor.device().same_device(q.device());
-    let taken = q.device().is_cuda()
+    if keys.dims() != values.dims() {
+        return Ok(None);
+    }
+    fused(q, &[keys, values], Packing::None, image, heads)
+}
+
+/// The same with keys and values of the text in one tensor.
+pub(super) fn cross_attention_packed(
+    q: &Tensor,
+    text: &Tensor,
+    image: Option<((&Tensor, &Tensor), f64)>,
+    heads: usize,
+) -> Result<Option<Tensor>> {
+    fused(q, &[text], Packing::KeyValue, image, heads)
+}
+
+fn fused(
+    q: &Tensor,
+    text: &[&Tensor],
+    packing: Packing,
+    image: Option<((&Tensor, &Tensor), f64)>,
+    heads: usize,
+) -> Result<Option<Tensor>> {
+    let &[batch, _, channels] = q.dims() else { return Ok(None) };
+    let keys_fit = |tensor: &Tensor, width: usize| matches!(*tensor.dims(), [b, tokens, w] if (b, w) == (batch, width) && (1..=MOST_KEYS).contains(&tokens));
+    let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
+    let width = if packing == Packing::KeyValue { 2 * channels } else { channels };
+    let takes = q.device().is_cuda()
         && matches!(q.dtype(), DType::BF16 | DType::F16)
         && heads > 0
         && channels == heads * 64
-        && keys.iter().enumerate().all(|(i, key)| fits(*key, i >= 2))
-        && keys[0] == keys[1]
-        && keys[2] == keys[3]
-        && all.iter().all(same);
-    if !taken {
+        && text.iter().all(|t| alike(t) && keys_fit(t, width))
+        && image.is_none_or(|((k, v), _)| k.dims() == v.dims() && alike(k) && alike(v) && keys_fit(k, channels));
+    if !takes {
         return Ok(None);
     }
-    let function =
-        CrossAttention { attention: Attention { heads, mask: Mask::None, sees_reference: None }, scale: scale as f32 };
-    apply(function, &all).map(Some)
+    let scale = image.map_or(0.0, |(_, scale)| scale as f32);
+    let image = image.into_iter().flat_map(|((k, v), _)| [k, v]);
+    let inputs: Vec<&Tensor> = [q].into_iter().chain(text.iter().copied()).chain(image).collect();
+    let attention = Attention { heads, mask: Mask::None, packing, sees_reference: None };
+    apply(CrossAttention { attention, scale }, &inputs).map(Some)
 }
 
-/// Its inputs are `q`, keys and values of the text, keys and values of the image tokens.
+/// Its inputs are `q`, keys and values of the text, and keys and values of the image tokens where there are any.
 struct CrossAttention {
     attention: Attention,
     scale: f32,

@@ -8,10 +8,10 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle_core::cuda_backend::DeviceId;
 use candle_core::{CudaDevice, DType, Tensor};
 
-use super::{Attention, Mask, wide};
+use super::{Attention, Mask, Packing, wide};
 use crate::Result;
 use crate::autograd::{Backward, Forward};
-use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream, taken, upload};
+use crate::cuda::{Buffer, avoids, check, cuda_device, dtype_code, pointer, stream, taken, upload};
 
 /// `LcmAttention` of `attention.h`.
 #[repr(C)]
@@ -62,46 +62,78 @@ unsafe extern "C" {
 }
 
 const NAME: &str = "attention";
+const HOPPER: &str = "hopper-attention";
 
-/// The arguments for inputs `q, k, v` or `q, k, v, k2, v2`, all contiguous, whose shapes `attention` has checked.
+/// Where one of queries, keys, values, reference keys and reference values lies in the inputs.
+#[derive(Clone, Copy)]
+struct Slot {
+    input: usize,
+    /// Numbers before it in a token's row, and from a token to the next.
+    offset: usize,
+    row: usize,
+    tokens: usize,
+    batch: usize,
+}
+
+/// The slots of `q, k, v, k2, v2`, of which the last two may be missing. The shapes have been checked.
+fn slots(attention: &Attention, inputs: &[Tensor]) -> Result<[Option<Slot>; 5]> {
+    let channels = attention.channels(inputs)?;
+    let places: [(usize, usize); 5] = match attention.packing {
+        Packing::None => [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)],
+        Packing::QueryKeyValue => [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)],
+        Packing::KeyValue => [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)],
+    };
+    let mut slots = [None; 5];
+    for (slot, (input, part)) in slots.iter_mut().zip(places) {
+        if let Some(tensor) = inputs.get(input) {
+            let (batch, tokens, row) = tensor.dims3()?;
+            *slot = Some(Slot { input, offset: part * channels, row, tokens, batch });
+        }
+    }
+    Ok(slots)
+}
+
+/// The arguments for contiguous inputs, whose shapes have been checked.
 pub(super) fn arguments(
     attention: &Attention,
     inputs: &[Tensor],
     out: *mut c_void,
     lse: *mut f32,
 ) -> Result<Arguments> {
-    let (batch, tokens, channels) = inputs[0].dims3()?;
-    let own_tokens = inputs[1].dim(1)?;
-    let (reference_batch, reference_tokens) = match inputs.get(3) {
-        Some(keys) => (keys.dim(0)?, keys.dim(1)?),
-        None => (1, 0),
-    };
-    let at = |i: usize| -> Result<*const c_void> {
-        inputs.get(i).map_or(Ok(std::ptr::null()), |tensor| Ok(pointer(NAME, tensor)?.cast_const()))
-    };
-    let (row, head_dim) = (channels as i64, channels / attention.heads);
-    let sample = |tokens: usize| row * tokens as i64;
-    let (own, reference) = (sample(own_tokens), sample(reference_tokens));
+    let slots = slots(attention, inputs)?;
+    let channels = attention.channels(inputs)?;
+    let (size, head_dim) = (inputs[0].dtype().size_in_bytes(), channels / attention.heads);
+    let mut pointers = [std::ptr::null::<c_void>(); 5];
+    let (mut rows, mut batches) = ([channels as i64; 6], [0; 6]);
+    let (mut tokens, mut counts) = ([0; 5], [1; 5]);
+    for (i, slot) in slots.iter().enumerate() {
+        let Some(slot) = slot else { continue };
+        pointers[i] = pointer(NAME, &inputs[slot.input])?.cast_const().wrapping_byte_add(slot.offset * size);
+        (rows[i], batches[i]) = (slot.row as i64, (slot.row * slot.tokens) as i64);
+        (tokens[i], counts[i]) = (slot.tokens as i32, slot.batch as i32);
+    }
+    batches[5] = channels as i64 * i64::from(tokens[0]);
+    let [q, k, v, k2, v2] = pointers;
     Ok(Arguments {
-        q: at(0)?,
-        k: at(1)?,
-        v: at(2)?,
-        k2: at(3)?,
-        v2: at(4)?,
+        q,
+        k,
+        v,
+        k2,
+        v2,
         out,
         lse,
         use_reference: std::ptr::null(),
-        batch: batch as i32,
+        batch: counts[0],
         heads: attention.heads as i32,
         head_dim: head_dim as i32,
-        tokens: tokens as i32,
-        own_tokens: own_tokens as i32,
-        reference_tokens: reference_tokens as i32,
-        reference_batch: reference_batch as i32,
+        tokens: tokens[0],
+        own_tokens: tokens[1],
+        reference_tokens: tokens[3],
+        reference_batch: counts[3],
         dtype: dtype_code(NAME, inputs[0].dtype())?,
         causal: i32::from(attention.mask == Mask::Causal),
-        rows: [row; 6],
-        batches: [sample(tokens), own, own, reference, reference, sample(tokens)],
+        rows,
+        batches,
         scale: (head_dim as f32).powf(-0.5),
     })
 }
@@ -124,12 +156,12 @@ fn flags(attention: &Attention, device: &CudaDevice) -> Result<Option<Tensor>> {
 
 pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forward> {
     let q = &inputs[0];
-    if wide::takes(attention, q) {
+    if attention.packing == Packing::None && wide::takes(attention, q) {
         return wide::forward(attention, inputs);
     }
     let device = cuda_device(NAME, q)?;
     let (batch, tokens, _) = q.dims3()?;
-    let out = Buffer::like(NAME, q)?;
+    let out = Buffer::new(&device, (batch, tokens, attention.channels(inputs)?), q.dtype())?;
     let lse = Buffer::new(&device, (batch, attention.heads, tokens), DType::F32)?;
     let mut arguments = arguments(attention, inputs, out.pointer(), lse.pointer().cast())?;
     let flags = flags(attention, &device)?;
@@ -139,7 +171,7 @@ pub(super) fn forward(attention: &Attention, inputs: &[Tensor]) -> Result<Forwar
     let stream = stream(&device);
     // SAFETY: the arguments point to tensors and buffers of the shapes they state, alive on this stream.
     unsafe {
-        if !taken(NAME, lcm_attention_forward_hopper(&raw const arguments, stream))? {
+        if avoids(HOPPER) || !taken(NAME, lcm_attention_forward_hopper(&raw const arguments, stream))? {
             check(NAME, lcm_attention_forward_portable(&raw const arguments, stream))?;
         }
     }
@@ -150,7 +182,7 @@ impl GradientArguments {
     /// The arguments for the gradients that are wanted, and fresh memory for each of those; no workspace yet.
     ///
     /// Keys and values go in pairs: the kernels make the gradients of both or of neither.
-    pub fn new(attention: &Attention, context: &Backward<'_>) -> Result<(Self, [Option<Buffer>; 5])> {
+    pub fn new(attention: &Attention, context: &Backward<'_>) -> Result<(Self, Vec<Option<Buffer>>)> {
         let inputs = context.inputs;
         // A function of one output gets that output here, unless it disclaims it.
         let out = context.outputs.first().and_then(Option::as_ref);
@@ -159,18 +191,25 @@ impl GradientArguments {
         if let (Some(flags), Some(_)) = (context.saved.get(1), &attention.sees_reference) {
             forward.use_reference = pointer(NAME, flags)?.cast();
         }
-        let pair = |i: usize| context.needs.get(i) == Some(&true) || context.needs.get(i + 1) == Some(&true);
-        let wanted = [context.needs[0], pair(1), pair(1), pair(3), pair(3)];
-        let mut buffers: [Option<Buffer>; 5] = Default::default();
-        for ((buffer, input), wanted) in buffers.iter_mut().zip(inputs).zip(wanted) {
-            if wanted {
-                *buffer = Some(Buffer::like(NAME, input)?);
-            }
+        let slots = slots(attention, inputs)?;
+        let needed = |slot: &Option<Slot>| slot.is_some_and(|slot| context.needs[slot.input]);
+        let pair = |i: usize| needed(&slots[i]) || needed(&slots[i + 1]);
+        let wanted = [needed(&slots[0]), pair(1), pair(1), pair(3), pair(3)];
+        let mut buffers: Vec<Option<Buffer>> = inputs.iter().map(|_| None).collect();
+        let mut gradients = [std::ptr::null_mut::<c_void>(); 5];
+        for ((gradient, slot), wanted) in gradients.iter_mut().zip(slots).zip(wanted) {
+            let Some(slot) = slot.filter(|_| wanted) else { continue };
+            let input = &inputs[slot.input];
+            let buffer = match &mut buffers[slot.input] {
+                Some(buffer) => buffer,
+                missing => missing.insert(Buffer::like(NAME, input)?),
+            };
+            *gradient = buffer.pointer().wrapping_byte_add(slot.offset * input.dtype().size_in_bytes());
         }
         let arguments = GradientArguments {
             forward,
             dout: pointer(NAME, context.gradient()?)?,
-            gradients: buffers.each_ref().map(|buffer| buffer.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer)),
+            gradients,
             rows: [0, 1, 2, 3, 4].map(|i| forward.rows[i]),
             batches: [0, 1, 2, 3, 4].map(|i| forward.batches[i]),
             workspace: std::ptr::null_mut(),
@@ -187,7 +226,7 @@ impl GradientArguments {
 }
 
 pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-    if wide::takes(attention, &context.inputs[0]) {
+    if attention.packing == Packing::None && wide::takes(attention, &context.inputs[0]) {
         return wide::backward(attention, context);
     }
     let device = cuda_device(NAME, &context.inputs[0])?;
@@ -198,12 +237,12 @@ pub(super) fn backward(attention: &Attention, context: &Backward<'_>) -> Result<
         let bytes = lcm_attention_backward_hopper_workspace(&raw const arguments);
         let workspace = Buffer::bytes(&device, bytes)?;
         arguments.lend(&workspace, bytes);
-        if !taken(NAME, lcm_attention_backward_hopper(&raw const arguments, stream))? {
+        if avoids(HOPPER) || !taken(NAME, lcm_attention_backward_hopper(&raw const arguments, stream))? {
             let bytes = lcm_attention_backward_portable_workspace(&raw const arguments);
             let workspace = Buffer::bytes(&device, bytes)?;
             arguments.lend(&workspace, bytes);
             check(NAME, lcm_attention_backward_portable(&raw const arguments, stream))?;
         }
     }
-    Ok(buffers.into_iter().take(context.inputs.len()).map(|buffer| buffer.map(Buffer::into_tensor)).collect())
+    Ok(buffers.into_iter().map(|buffer| buffer.map(Buffer::into_tensor)).collect())
 }

@@ -1,7 +1,8 @@
 // Backward pass of extended attention on Hopper: head_dim 64, no causal mask, bf16 or f16. Keys and values come from two places (own and reference), each read
 // and its gradients written where they are.
 //
-// Three launches: `prepare` (D = rowsum(dout * out), clears sums), `key_gradients` (dk, dv of both sources and dq as f32 atomic sums), `round_dq`.
+// By default three launches, each beginning while the one before it ends: `prepare` (D = rowsum(dout * out), clears sums), `key_gradients` (dk, dv of both sources
+// and dq as f32 atomic sums), `round_dq`.
 // That is five products per tile of scores. The deterministic mode, and calls that want the gradients of few keys, take dq from `query_gradients` instead:
 // three products, next to four in `key_gradients` for the keys whose gradients are wanted, if any.
 #include <cudaTypedefs.h>
@@ -14,21 +15,23 @@ namespace lcm::backward {
 
 struct Device { bool hopper; int multiprocessors; PFN_cuTensorMapEncodeTiled_v12000 encode; };
 
+// Of the current device when first asked; threads that ask at once find the same.
 static const Device &device() {
-  static const Device found = [] {
-    Device d = {};
-    int id = 0, major = 0, minor = 0;
-    cudaDriverEntryPointQueryResult result;
-    void *encode = nullptr;
-    if (cudaGetDevice(&id) || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) || cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id) ||
-        cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id) ||
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &result) || !encode)
-      return d;
-    d.encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode);
-    d.hopper = major == 9 && minor == 0;
-    return d;
-  }();
-  return found;
+  static Device known;
+  static int ready;
+  if (__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) return known;
+  int id = 0, major = 0, minor = 0, multiprocessors = 0;
+  cudaDriverEntryPointQueryResult result;
+  void *encode = nullptr;
+  if (!cudaGetDevice(&id) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) && !cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id) &&
+      !cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id) &&
+      !cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &result) && encode) {
+    known.encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode);
+    known.multiprocessors = multiprocessors;
+    known.hopper = major == 9 && minor == 0;
+  }
+  __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
+  return known;
 }
 
 static int tiles(int tokens) { return (tokens + kTile - 1) / kTile; }
@@ -53,6 +56,7 @@ static bool takes(const LcmAttentionGradient &a) {
   const LcmAttention &f = a.forward;
   if ((f.dtype != 1 && f.dtype != 2) || f.head_dim != kDim || f.causal || f.batch < 1 || f.heads < 1 || f.tokens < 1 || f.own_tokens < 1 || !f.lse || !f.out || !a.dout) return false;
   if (f.batch > 65535 || (int64_t)f.batch * f.heads > 65535 || !a.dk != !a.dv || !a.dk2 != !a.dv2) return false;
+  if (!f.k2 != !f.v2 || !f.q || !f.k || !f.v) return false;
   if (f.k2 && (f.reference_tokens < 1 || (f.reference_batch != 1 && f.reference_batch != f.batch))) return false;
   if (!f.k2 && a.dk2) return false;
   return aligned(f.q, f.q_row, f.q_batch) && aligned(f.k, f.k_row, f.k_batch) && aligned(f.v, f.v_row, f.v_batch) && aligned(f.k2, f.k2_row, f.k2_batch) && aligned(f.v2, f.v2_row, f.v2_batch) &&
@@ -69,34 +73,36 @@ static bool encode(CUtensorMap *map, int dtype, const void *data, int heads, int
 }
 
 // Launches a kernel that fills one multiprocessor per block.
-template <class Kernel> static int launch(Kernel kernel, size_t shared, const Maps &maps, const Arguments &p, cudaStream_t stream) {
+// Launches a kernel that may begin while the one before it ends.
+template <class... Parameters> static int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, cudaStream_t stream, const Parameters &...parameters) {
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)) return e;
-  const int blocks = p.items < device().multiprocessors ? p.items : device().multiprocessors;
-  kernel<<<blocks, kThreads, shared, stream>>>(maps, p);
-  return cudaGetLastError();
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
 template <class T> static int run(const LcmAttentionGradient &a, const Plan &plan, const Maps &maps, Arguments p, cudaStream_t stream) {
   const LcmAttention &f = a.forward;
-  const dim3 grid(p.query_tiles, f.batch * f.heads);
-  prepare<T><<<grid, 256, 0, stream>>>(p, static_cast<const T *>(f.out), static_cast<const T *>(a.dout), f.lse, f.out_row, f.out_batch);
+  const dim3 rows(p.query_tiles, f.batch * f.heads);
+  prepare<T><<<rows, 256, 0, stream>>>(p, static_cast<const T *>(f.out), static_cast<const T *>(a.dout), f.lse, f.out_row, f.out_batch);
   if (const int e = cudaGetLastError()) return e;
   const int own = tiles(f.own_tokens), reference = f.k2 ? tiles(f.reference_tokens) : 0;
+  const auto blocks = [](int items) { return dim3(items < device().multiprocessors ? items : device().multiprocessors); };
   if (plan.dq_alone) {
-    Arguments q = p;
-    q.own_tiles = own, q.reference_tiles = reference, q.items = p.query_tiles * f.heads * f.batch;
-    if (const int e = launch(query_gradients<T>, sizeof(QueryMemory), maps, q, stream)) return e;
+    p.own_tiles = own, p.reference_tiles = reference, p.items = p.query_tiles * f.heads * f.batch;
+    if (const int e = launch(query_gradients<T>, blocks(p.items), kThreads, sizeof(QueryMemory), stream, maps, p)) return e;
+    p.after_queries = 1;
   }
-  if (!plan.own && !plan.reference) return 0;
-  p.own_tiles = plan.own || plan.fused ? own : 0;
-  p.reference_tiles = plan.reference || plan.fused ? reference : 0;
-  p.reference_items = p.reference_tiles * f.heads * f.reference_batch;
-  if (!p.reference_tiles) p.reference_items = 0;
+  p.own_tiles = plan.own || plan.fused ? own : 0, p.reference_tiles = plan.reference || plan.fused ? reference : 0;
+  p.reference_items = p.reference_tiles ? p.reference_tiles * f.heads * f.reference_batch : 0;
   p.items = p.reference_items + p.own_tiles * f.heads * f.batch;
-  if (!plan.fused) return launch(key_gradients<T, false>, sizeof(KeyMemory), maps, p, stream);
-  if (const int e = launch(key_gradients<T, true>, sizeof(KeyMemory), maps, p, stream)) return e;
-  round_dq<T><<<grid, 256, 0, stream>>>(p);
-  return cudaGetLastError();
+  if (!p.items) return 0;
+  if (!plan.fused) return launch(key_gradients<T, false>, blocks(p.items), kThreads, sizeof(KeyMemory), stream, maps, p);
+  if (const int e = launch(key_gradients<T, true>, blocks(p.items), kThreads, sizeof(KeyMemory), stream, maps, p)) return e;
+  return launch(round_dq<T>, rows, 256, 0, stream, p);
 }
 
 } // namespace lcm::backward
@@ -110,7 +116,7 @@ extern "C" size_t lcm_attention_backward_hopper_workspace(const LcmAttentionGrad
 }
 
 // Returns 0, a cudaError_t, or -1 where another kernel must take the call: another head_dim, dtype or device, a causal mask, rows not in multiples of 16 bytes,
-// gradients of nothing, or too little workspace.
+// or too little workspace. Nothing wanted is nothing done.
 extern "C" int lcm_attention_backward_hopper(const LcmAttentionGradient *args, cudaStream_t stream) {
   const LcmAttentionGradient &a = *args;
   const LcmAttention &f = a.forward;

@@ -20,11 +20,12 @@ struct Gradient { void *data; int64_t row, batch; };
 struct Arguments {
   int *next_item;                // of the key kernel's queue
   float *statistics;             // (batch * heads, query tiles, 2, 128)
-  float *dq_sum;                 // (batch * heads, query tiles, 2 warpgroups, 8, 128 threads, 4): the f32 sum of dq in the order of wgmma's registers
+  float *dq_sum;                 // (batch * heads, query tiles, 8 warps, 8, 32 lanes, 4): the f32 sum of dq in the order of wgmma's registers; null without
   const uint8_t *use_reference;
   Gradient dq, dk, dv, dk2, dv2;
   int batch, heads, tokens, own_tokens, reference_tokens, reference_batch;
   int query_tiles, own_tiles, reference_tiles; // tiles of the keys whose gradient (key kernel) or whose part in dq (query kernel) is computed
+  int after_queries;             // the key kernel was launched behind the query kernel, whose results it does not need
   int reference_items, items;    // key kernel: (key tile, head, sample) triples of the reference, and of both sources
   float scale;
   __device__ bool uses_reference(int b) const { return !use_reference || use_reference[b]; }
@@ -43,9 +44,25 @@ __device__ inline void fence_shared_for_async() { asm volatile("fence.proxy.asyn
 __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-__device__ inline void add_to_global(float *to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+
+// Programmatic dependent launch: a kernel launched behind another may begin once all blocks of that one have said so or ended, and sees what it wrote after the wait.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
+__device__ inline void wait_for_earlier_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Adds numbers in shared memory to global memory. Before the former are overwritten, and before the kernel ends, their copies must be done.
+__device__ inline void add_bytes(float *to, const void *from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_reads_done() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void bulk_writes_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 template <class T> __device__ inline uint32_t pack(float low, float high) {
   uint32_t d;

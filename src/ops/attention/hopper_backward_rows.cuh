@@ -10,7 +10,8 @@ template <class T>
 __global__ void __launch_bounds__(256) prepare(Arguments p, const T *out, const T *dout, const float *lse, int64_t row_stride, int64_t batch_stride) {
   const int tile = blockIdx.x, bh = blockIdx.y, b = bh / p.heads, h = bh % p.heads, lane = threadIdx.x % 8;
   const size_t block = (size_t)bh * p.query_tiles + tile;
-  if (p.next_item && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.next_item = 0;
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.next_item = 0;
   uint4 a[4], g[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -44,11 +45,12 @@ __global__ void __launch_bounds__(256) prepare(Arguments p, const T *out, const 
 // dq = scale * dq_sum, from the order of wgmma's registers to rows. One block of 256 threads per (query tile, batch * heads).
 template <class T> __global__ void __launch_bounds__(256) round_dq(Arguments p) {
   const int tile = blockIdx.x, bh = blockIdx.y, b = bh / p.heads, h = bh % p.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float4 *sum = reinterpret_cast<const float4 *>(p.dq_sum) + ((size_t)bh * p.query_tiles + tile) * (kTile * kDim / 4) + warp / 4 * 1024 + threadIdx.x % 128;
+  wait_for_earlier_kernel();
+  const float4 *sum = reinterpret_cast<const float4 *>(p.dq_sum) + ((size_t)bh * p.query_tiles + tile) * (kTile * kDim / 4) + warp * 256 + lane;
   float d[32];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float4 x = sum[i * 128];
+    const float4 x = sum[i * 32];
     d[i * 4] = x.x, d[i * 4 + 1] = x.y, d[i * 4 + 2] = x.z, d[i * 4 + 3] = x.w;
   }
   const int row = tile * kTile + warp * 16;

@@ -1,34 +1,29 @@
 // Extended attention on Hopper, forward, head dimension 64, no causal mask, bf16 or f16:
 //   out[b, i, h] = softmax_j(scale q[b, i, h] . [k; k2][j, h]) [v; v2][j, h],   lse[b, h, i] = log sum_j exp(scale q . k_j)
+// The two sources of keys are read where they lie, one after the other; a tile of keys never straddles them.
+//
+// A thread block is one thread that copies (TMA, a ring of tiles of keys and values, the queries in double buffer) and CONSUMERS
+// warpgroups that compute, 64 queries each; blocks stay and take tiles of queries in turn. At head dimension 64 the exponentials of
+// a tile take the special-function units as long (512 cycles) as its products take the tensor cores, so both have to run all the
+// time: the warpgroups take turns in issuing products, and while those of one are under way the others are at their exponentials.
+// A warpgroup issues the products of its present weights and the next scores together, and waits for both: to overlap its own
+// exponentials with its own products as well (scores in two halves, or weights a tile behind) was measured no faster or slower, as
+// was computing a share of the exponentials by a polynomial on the multiply-add units.
 #include "attention.h"
 #include "hopper_ptx.cuh"
+#include "hopper_softmax.cuh"
 
 #include <cudaTypedefs.h>
-#include <type_traits>
-
-#ifndef WGS
-#define WGS 3
-#endif
-#ifndef STAGES
-#define STAGES 4
-#endif
-#ifndef POLY
-#define POLY 0
-#endif
-#ifndef TOKEN
-#define TOKEN 1
-#endif
 
 namespace lcm::hopper {
 
-constexpr int D = 64;    // head dimension
-constexpr int KEYS = 128; // keys of a tile
-constexpr int ROWS = 64; // queries of a consumer warpgroup
+constexpr int ROWS = 64;        // queries of a consumer warpgroup
+constexpr int STAGES = 4;       // tiles of keys and of values in flight
 
 template <int CONSUMERS> struct Shared {
   uint16_t q[2][CONSUMERS][ROWS * D];
   uint16_t k[STAGES][KEYS * D], v[STAGES][KEYS * D];
-  uint64_t q_full[2][CONSUMERS], q_empty[2][CONSUMERS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], turn[CONSUMERS];
+  uint64_t q_full[2][CONSUMERS], q_empty[2][CONSUMERS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], right[CONSUMERS];
 };
 
 struct Parameters {
@@ -39,6 +34,13 @@ struct Parameters {
   int64_t out_row, out_batch;
   int32_t tokens, own_tokens, reference_tokens, shared_reference, heads, query_tiles, tiles;
   float scale; // softmax scale times log2 e: everything runs on powers of two
+
+  __device__ int sample(int tile) const { return tile / query_tiles / heads; }
+  __device__ int own_tiles() const { return (own_tokens + KEYS - 1) / KEYS; }
+  // Tiles of keys that a tile of queries sees.
+  __device__ int key_tiles(int tile) const {
+    return own_tiles() + (use_reference == nullptr || use_reference[sample(tile)] ? (reference_tokens + KEYS - 1) / KEYS : 0);
+  }
 };
 
 // Use number n of a ring of stages: its slot, and the parity of the barrier phase that ends with its filling.
@@ -46,112 +48,157 @@ static_assert((STAGES & STAGES - 1) == 0, "slots are counted in binary");
 __device__ inline uint32_t slot(uint32_t n) { return n % STAGES; }
 __device__ inline uint32_t parity(uint32_t n) { return n / STAGES & 1; }
 
-__device__ inline float exp2_unit(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// The copying thread: queries of each tile in double buffer, tiles of keys and values through the ring.
+template <int CONSUMERS> __device__ inline void produce(Shared<CONSUMERS> &shared, const Parameters &p) {
+  uint32_t n = 0, turn = 0; // tiles of keys, of queries so far
+  const int own_tiles = p.own_tiles();
+  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
+    const int pair = tile / p.query_tiles, start = (tile - pair * p.query_tiles) * (ROWS * CONSUMERS);
+    const int b = pair / p.heads, h = pair - b * p.heads, count = p.key_tiles(tile);
+    for (int w = 0; w < CONSUMERS; ++w) {
+      uint64_t *full = &shared.q_full[turn & 1][w];
+      barrier_wait(&shared.q_empty[turn & 1][w], (turn >> 1 & 1) ^ 1);
+      barrier_expect(full, ROWS * D * 2);
+      load_box(shared.q[turn & 1][w], &p.q, full, 0, h, start + w * ROWS, b);
+    }
+    for (int i = 0; i < count; ++i, ++n) {
+      const bool own = i < own_tiles;
+      const int row = (own ? i : i - own_tiles) * KEYS, sample = own || !p.shared_reference ? b : 0;
+      barrier_wait(&shared.k_empty[slot(n)], parity(n) ^ 1);
+      barrier_expect(&shared.k_full[slot(n)], KEYS * D * 2);
+      load_box(shared.k[slot(n)], own ? &p.k : &p.k2, &shared.k_full[slot(n)], 0, h, row, sample);
+      barrier_wait(&shared.v_empty[slot(n)], parity(n) ^ 1);
+      barrier_expect(&shared.v_full[slot(n)], KEYS * D * 2);
+      load_box(shared.v[slot(n)], own ? &p.v : &p.v2, &shared.v_full[slot(n)], 0, h, row, sample);
+    }
+  }
 }
-template <class T> __device__ inline uint32_t pack(float low, float high) {
-  uint32_t r;
-  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
 
-// Softmax of one thread's two rows (r and r + 8 of its warp's 16) over the tiles of keys, relative to a maximum per row that need not be
-// the true one: in f32 exp2(x) is as exact at 2^60 as at 1. So the maximum of the first tile serves for all the others until the weights
-// of a tile grow beyond LIMIT; only then is that tile done again with a new maximum. This spares a compare per score and, more,
-// lets the exponentials start without waiting for a row's maximum.
-template <class T> struct Softmax {
-  static constexpr float LIMIT = std::is_same_v<T, __half> ? 16384.f : 1e18f; // of a thread's sum; the weights are rounded to T
-  float maximum[2], sum[2];
-
-  // Columns from `valid` on are no keys.
-  __device__ static void mask(float (&s)[KEYS / 2], int valid) {
-    if (valid < KEYS) {
-      const int column = (threadIdx.x & 3) * 2;
+// Writes a warp's 16 rows of a tile: o / sum, and the logarithm of the sum.
+template <class T, int CONSUMERS>
+__device__ inline void finish(const Parameters &p, int tile, int w, const float (&o)[D / 2], const Softmax<T> &softmax) {
+  const int pair = tile / p.query_tiles, start = (tile - pair * p.query_tiles) * (ROWS * CONSUMERS), b = pair / p.heads, h = pair - b * p.heads;
+  const int lane = threadIdx.x % 32, column = lane % 4, first = start + w * ROWS + threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i)
-        if (column + (i / 4) * 8 + (i & 1) >= valid) s[i] = -INFINITY;
-    }
-  }
-
-  __device__ static void sums(const float (&s)[KEYS / 2], float (&t)[2]) {
+  for (int row = 0; row < 2; ++row) {
+    const int at = first + row * 8;
+    float sum = softmax.sum[row];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    if (p.lse != nullptr && column == 0 && at < p.tokens)
+      p.lse[(int64_t)pair * p.tokens + at] = (softmax.maximum[row] + log2f(sum)) * 0.6931471805599453f;
+    const float inverse = 1 / sum;
+    // A thread holds 2 neighbouring columns of each of 8 groups of 8; the four threads of a row trade them for whole groups
+    // (16 bytes), so that whole sectors are written.
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float a = s[row * 2], b = s[row * 2 + 1];
+    for (int half = 0; half < 2; ++half) {
+      uint32_t mine[4], whole[4];
 #pragma unroll
-      for (int i = 4; i < KEYS / 2; i += 4) a += s[i + row * 2], b += s[i + row * 2 + 1];
-      t[row] = a + b;
-    }
-  }
-
-  // Scores become weights under the maximum raised to theirs; correction: what earlier weights are worth under it.
-  __device__ void raise(float (&s)[KEYS / 2], float scale, float (&correction)[2]) {
-    float t[2];
+      for (int j = 0; j < 4; ++j) mine[j] = pack<T>(o[(half * 4 + j) * 4 + row * 2] * inverse, o[(half * 4 + j) * 4 + row * 2 + 1] * inverse);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float a = s[row * 2], b = s[row * 2 + 1];
+      for (int r = 0; r < 4; ++r) { // thread c sends its part of group c ^ r to the thread of that name
+        const int to = column ^ r;
+        const uint32_t got = __shfl_xor_sync(0xffffffff, to & 2 ? (to & 1 ? mine[3] : mine[2]) : (to & 1 ? mine[1] : mine[0]), r);
 #pragma unroll
-      for (int i = 4; i < KEYS / 2; i += 4) a = fmaxf(a, s[i + row * 2]), b = fmaxf(b, s[i + row * 2 + 1]);
-      a = fmaxf(a, b);
-      a = fmaxf(a, __shfl_xor_sync(0xffffffff, a, 1));
-      a = fmaxf(a, __shfl_xor_sync(0xffffffff, a, 2));
-      const float high = fmaxf(maximum[row], a * scale);
-      correction[row] = exp2_unit(maximum[row] - high);
-      maximum[row] = high;
-    }
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) s[i] = exp2_unit(fmaf(s[i], scale, -maximum[i >> 1 & 1]));
-    sums(s, t);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) sum[row] = sum[row] * correction[row] + t[row];
-  }
-
-  // Scores become weights under the maximum as it is; false, in all lanes alike, if it is too low for that.
-  __device__ bool keep(float (&s)[KEYS / 2], float scale) {
-    float t[2], offset[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) offset[row] = (126.f - maximum[row]) * (1.f / 252);
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) {
-      const int row = i >> 1 & 1;
-      if (i % 16 < POLY) {
-        // A share of the powers is computed on the multiply-add units, which have time to spare where the special-function units have not:
-        // 2^x = 2^k 2^r, 2^r by a cubic (7e-5), k put into the exponent. x is confined to [-126, 126] by saturation.
-        const float y = __saturatef(fmaf(s[i], scale * (1.f / 252), offset[row]));
-        const float magic = 12582912.f - 126.f, k = fmaf(y, 252.f, magic), r = fmaf(y, 252.f, magic - k);
-        const float p = fmaf(fmaf(fmaf(0.05517167f, r, 0.24261113f), r, 0.69326099f), r, 0.99992807f);
-        s[i] = __int_as_float(__float_as_int(p) + (__float_as_int(k) << 23));
-      } else {
-        s[i] = exp2_unit(fmaf(s[i], scale, -maximum[row]));
+        for (int j = 0; j < 4; ++j) whole[j] = r == 0 || to == j ? got : whole[j];
       }
+      if (at < p.tokens)
+        *reinterpret_cast<uint4 *>(static_cast<T *>(p.out) + b * p.out_batch + at * p.out_row + h * D + half * 32 + column * 8) =
+            make_uint4(whole[0], whole[1], whole[2], whole[3]);
     }
-    sums(s, t);
-    if (__any_sync(0xffffffff, !(t[0] <= LIMIT && t[1] <= LIMIT))) return false;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) sum[row] += t[row];
-    return true;
   }
-};
+}
 
-// The scores of a warp's 16 queries and a tile's keys once more, by the warp alone. q and k: tiles in shared memory, 128-byte swizzle.
-template <class T> __device__ inline void scores_again(float (&s)[KEYS / 2], const uint8_t *q, const uint8_t *k) {
-  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;
-  const auto word = [](const uint8_t *tile, int row, int byte) {
-    return *reinterpret_cast<const uint32_t *>(tile + row * 128 + (byte ^ (row & 7) << 4));
+// A consumer warpgroup, number w.
+template <class T, int CONSUMERS> __device__ inline void consume(Shared<CONSUMERS> &shared, const Parameters &p, int w) {
+  const bool speaks = threadIdx.x % 32 == 0; // for its warp, at the barriers
+  const int own_tiles = p.own_tiles();
+  uint32_t n = 0, turn = 0; // tiles of keys, of queries so far
+  float o[D / 2], s[KEYS / 2];
+  uint32_t weights[KEYS / 4];
+  // Issues the products of the queries of a turn with key tile n; of the weights with value tile n.
+  const auto scores = [&](uint32_t turn, uint32_t n) {
+    const uint64_t q = describe(shared.q[turn & 1][w]), k = describe(shared.k[slot(n)]);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) wgmma_64x128_shared<T>(s, q + i * 2, k + i * 2, i != 0);
+    wgmma_commit();
   };
+  const auto products = [&](uint32_t n) {
+    const uint64_t v = describe(shared.v[slot(n)]);
+    wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < KEYS / 2; ++i) s[i] = 0;
-#pragma unroll 1
-  for (int i = 0; i < D / 16; ++i) {
-    const int at = column + i * 32;
-    const uint32_t a[4] = {word(q, row, at), word(q, row + 8, at), word(q, row, at + 16), word(q, row + 8, at + 16)};
+    for (int i = 0; i < KEYS / 16; ++i) wgmma_64x64_registers<T>(o, weights + i * 4, v + i * 128);
+    wgmma_commit();
+  };
+  const auto weigh = [&]() {
 #pragma unroll
-    for (int block = 0; block < KEYS / 8; ++block) {
-      const int key = block * 8 + threadIdx.x % 32 / 4;
-      mma_16x8x16<T>(s + block * 4, a, word(k, key, at), word(k, key, at + 16));
+    for (int j = 0; j < KEYS / 4; ++j) weights[j] = pack<T>(s[j * 2], s[j * 2 + 1]);
+  };
+  // The right to issue products goes round among the warpgroups, so that they don't all come to the tensor cores at once.
+  const auto take_right = [&](uint32_t n) { barrier_wait(&shared.right[w], n & 1); };
+  const auto pass_right = [&]() {
+    if (speaks) barrier_arrive(&shared.right[w == CONSUMERS - 1 ? 0 : w + 1]);
+  };
+  if (w == CONSUMERS - 1) pass_right();
+
+  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
+    const int count = p.key_tiles(tile);
+    const auto valid = [&](int i) { return i < own_tiles ? p.own_tokens - i * KEYS : p.reference_tokens - (i - own_tiles) * KEYS; };
+    Softmax<T> softmax;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+
+    barrier_wait(&shared.q_full[turn & 1][w], turn >> 1 & 1);
+    barrier_wait(&shared.k_full[slot(n)], parity(n));
+    take_right(n);
+    pin(s);
+    scores(turn, n);
+    pass_right();
+    wgmma_wait<0>();
+    pin(s);
+    if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
+    mask(s, valid(0));
+    float correction[2]; // nothing to correct yet
+    softmax.raise(s, p.scale, correction);
+    weigh();
+    if (++n, count > 1) barrier_wait(&shared.k_full[slot(n)], parity(n));
+    for (int i = 1; i < count; ++i, ++n) {
+      // Here weights holds those of key tile i - 1, and no product is under way.
+      take_right(n);
+      barrier_wait(&shared.v_full[slot(n - 1)], parity(n - 1));
+      pin(o);
+      products(n - 1);
+      pin(s);
+      scores(turn, n);
+      wgmma_wait<1>();
+      pass_right();
+      wgmma_wait<0>();
+      pin(s);
+      pin(o);
+      if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
+      mask(s, valid(i));
+      if (!softmax.keep(s, p.scale)) {
+        scores_again<T>(s, reinterpret_cast<const uint8_t *>(shared.q[turn & 1][w]), reinterpret_cast<const uint8_t *>(shared.k[slot(n)]));
+        mask(s, valid(i));
+        softmax.raise(s, p.scale, correction);
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) o[j] *= correction[j >> 1 & 1];
+      }
+      if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
+      weigh();
+      if (i + 1 < count) barrier_wait(&shared.k_full[slot(n + 1)], parity(n + 1));
     }
+    if (speaks) barrier_arrive(&shared.q_empty[turn & 1][w]);
+    barrier_wait(&shared.v_full[slot(n - 1)], parity(n - 1));
+    pin(o);
+    products(n - 1);
+    wgmma_wait<0>();
+    pin(o);
+    if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
+    int place = tile;
+    asm volatile("" : "+r"(place)); // taken apart only here, so that its parts hold no registers in the loop
+    finish<T, CONSUMERS>(p, place, w, o, softmax);
   }
 }
 
@@ -168,186 +215,31 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
       barrier_init(&shared.k_full[i], 1), barrier_init(&shared.v_full[i], 1);
       barrier_init(&shared.k_empty[i], 4 * CONSUMERS), barrier_init(&shared.v_empty[i], 4 * CONSUMERS);
     }
-    for (int w = 0; w < CONSUMERS; ++w) barrier_init(&shared.turn[w], 4);
+    for (int w = 0; w < CONSUMERS; ++w) barrier_init(&shared.right[w], 4);
     barrier_init_done();
   }
   __syncthreads();
-  const int own_tiles = (p.own_tokens + KEYS - 1) / KEYS, reference_tiles = (p.reference_tokens + KEYS - 1) / KEYS;
-
   if (group == 0) {
     registers_lower<CONSUMERS == 3 ? 32 : 24>();
-    if (threadIdx.x == 0) {
-      uint32_t n = 0; // tiles of keys so far
-      uint32_t turn = 0;
-      for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
-        const int pair = tile / p.query_tiles, start = (tile - pair * p.query_tiles) * (ROWS * CONSUMERS);
-        const int b = pair / p.heads, h = pair - b * p.heads;
-        for (int w = 0; w < CONSUMERS; ++w) {
-          barrier_wait(&shared.q_empty[turn & 1][w], (turn >> 1 & 1) ^ 1);
-          barrier_expect(&shared.q_full[turn & 1][w], ROWS * D * 2);
-          load_box(shared.q[turn & 1][w], &p.q, &shared.q_full[turn & 1][w], 0, h, start + w * ROWS, b);
-        }
-        const int count = own_tiles + (p.use_reference == nullptr || p.use_reference[b] ? reference_tiles : 0);
-        for (int i = 0; i < count; ++i, ++n) {
-          const bool own = i < own_tiles;
-          const int row = (own ? i : i - own_tiles) * KEYS, sample = own || !p.shared_reference ? b : 0;
-          barrier_wait(&shared.k_empty[slot(n)], parity(n) ^ 1);
-          barrier_expect(&shared.k_full[slot(n)], KEYS * D * 2);
-          load_box(shared.k[slot(n)], own ? &p.k : &p.k2, &shared.k_full[slot(n)], 0, h, row, sample);
-          barrier_wait(&shared.v_empty[slot(n)], parity(n) ^ 1);
-          barrier_expect(&shared.v_full[slot(n)], KEYS * D * 2);
-          load_box(shared.v[slot(n)], own ? &p.v : &p.v2, &shared.v_full[slot(n)], 0, h, row, sample);
-        }
-      }
-    }
+    if (threadIdx.x == 0) produce<CONSUMERS>(shared, p);
   } else {
     registers_raise<CONSUMERS == 3 ? 160 : 240>();
-    const int w = group - 1, lane = threadIdx.x & 31;
-    const bool speaks = lane == 0;
-    uint32_t n = 0; // tiles of keys so far; the values trail by one
-    uint32_t turn = 0;
-#if TOKEN
-    // The right to issue matrix products goes round among the warpgroups, so that one's softmax runs beside another's products.
-    if (w == CONSUMERS - 1 && speaks) barrier_arrive(&shared.turn[0]);
-#endif
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
-      const int count = own_tiles + (p.use_reference == nullptr || p.use_reference[tile / p.query_tiles / p.heads] ? reference_tiles : 0);
-      const auto valid = [&](int i) {
-        return i < own_tiles ? p.own_tokens - i * KEYS : p.reference_tokens - (i - own_tiles) * KEYS;
-      };
-      float o[D / 2], s[KEYS / 2];
-      uint32_t weights[KEYS / 4];
-      Softmax<T> softmax;
-      softmax.maximum[0] = softmax.maximum[1] = -INFINITY, softmax.sum[0] = softmax.sum[1] = 0;
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] = 0;
-      const uint64_t q = describe(shared.q[turn & 1][w]);
-
-      // Issue the products with key tile m, with value tile m.
-      const auto scores = [&](uint32_t m) {
-        const uint64_t k = describe(shared.k[slot(m)]);
-        pin(s);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) wgmma_64x128_shared<T>(s, q + i * 2, k + i * 2, i != 0);
-        wgmma_commit();
-      };
-      const auto products = [&](uint32_t m) {
-        barrier_wait(&shared.v_full[slot(m)], parity(m));
-        const uint64_t v = describe(shared.v[slot(m)]);
-        pin(o);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) wgmma_64x64_registers<T>(o, weights + i * 4, v + i * 128);
-        wgmma_commit();
-      };
-      const auto packed = [&]() {
-#pragma unroll
-        for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack<T>(s[i * 2], s[i * 2 + 1]);
-      };
-      const auto take_turn = [&]() { barrier_wait(&shared.turn[w], n & 1); };
-      const auto pass_turn = [&]() {
-        if (speaks) barrier_arrive(&shared.turn[w == CONSUMERS - 1 ? 0 : w + 1]);
-      };
-
-      barrier_wait(&shared.q_full[turn & 1][w], turn >> 1 & 1);
-      barrier_wait(&shared.k_full[slot(n)], parity(n));
-      take_turn();
-      scores(n);
-      pass_turn();
-      wgmma_wait<0>();
-      pin(s);
-      if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
-      softmax.mask(s, valid(0));
-      float none[2]; // nothing to correct yet
-      softmax.raise(s, p.scale, none);
-      packed();
-      if (++n, count > 1) barrier_wait(&shared.k_full[slot(n)], parity(n));
-      for (int i = 1; i < count; ++i, ++n) {
-        take_turn();
-        scores(n);
-        products(n - 1);
-        pass_turn();
-        wgmma_wait<1>();
-        pin(s);
-        softmax.mask(s, valid(i));
-        if (!softmax.keep(s, p.scale)) {
-          wgmma_wait<0>();
-          pin(o);
-          scores_again<T>(s, reinterpret_cast<const uint8_t *>(shared.q[turn & 1][w]), reinterpret_cast<const uint8_t *>(shared.k[slot(n)]));
-          softmax.mask(s, valid(i));
-          float correction[2];
-          softmax.raise(s, p.scale, correction);
-#pragma unroll
-          for (int j = 0; j < D / 2; ++j) o[j] *= correction[j >> 1 & 1];
-        }
-        if (speaks) barrier_arrive(&shared.k_empty[slot(n)]);
-        pin(s); // the exponentials stay before the wait: they run beside the product with the values
-        if (i + 1 < count) barrier_wait(&shared.k_full[slot(n + 1)], parity(n + 1));
-        wgmma_wait<0>();
-        pin(o);
-        if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
-        packed();
-      }
-      if (speaks) barrier_arrive(&shared.q_empty[turn & 1][w]);
-      products(n - 1);
-      int place = tile; // taken apart only now, so that its parts hold no registers in the loop
-      asm volatile("" : "+r"(place));
-      const int pair = place / p.query_tiles, start = (place - pair * p.query_tiles) * (ROWS * CONSUMERS);
-      const int b = pair / p.heads, h = pair - b * p.heads;
-      float inverse[2];
-      const int first = start + w * ROWS + (threadIdx.x / 32 % 4) * 16 + lane / 4, column = lane & 3;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float sum = softmax.sum[row];
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
-        inverse[row] = 1.0f / sum;
-        if (p.lse != nullptr && column == 0 && first + row * 8 < p.tokens)
-          p.lse[(int64_t)pair * p.tokens + first + row * 8] = (softmax.maximum[row] + log2f(sum)) * 0.6931471805599453f;
-      }
-      wgmma_wait<0>();
-      pin(o);
-      if (speaks) barrier_arrive(&shared.v_empty[slot(n - 1)]);
-      // A thread holds 2 neighbouring columns of each of 8 groups of 8; the four threads of a row trade them for whole groups (16 bytes),
-      // so that a row is written in whole sectors.
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        T *out = static_cast<T *>(p.out) + b * p.out_batch + (first + row * 8) * p.out_row + h * D;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t mine[4], whole[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int at = (half * 4 + j) * 4 + row * 2;
-            mine[j] = pack<T>(o[at] * inverse[row], o[at + 1] * inverse[row]);
-          }
-          // round r: thread c sends the group of thread c ^ r, and gets its own group's columns of thread c ^ r
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int to = column ^ r;
-            const uint32_t send = to & 2 ? (to & 1 ? mine[3] : mine[2]) : (to & 1 ? mine[1] : mine[0]);
-            const uint32_t got = __shfl_xor_sync(0xffffffff, send, r);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) whole[j] = r == 0 ? (to == j ? got : 0) : (to == j ? got : whole[j]);
-          }
-          if (first + row * 8 < p.tokens)
-            *reinterpret_cast<uint4 *>(out + half * 32 + column * 8) = make_uint4(whole[0], whole[1], whole[2], whole[3]);
-        }
-      }
-    }
+    consume<T, CONSUMERS>(shared, p, group - 1);
   }
 #endif
 }
 
 // A tensor map of rows of heads of 64: boxes of one head, `rows` tokens, zero beyond the last token.
 inline bool map_operand(CUtensorMap *map, int dtype, const void *base, int heads, int tokens, int batch, int64_t row, int64_t sample, int rows) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess) entry = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
-  }();
+  // Looked up once; threads that come at the same time find the same. (A guarded initialiser would want the C++ runtime library.)
+  static void *found = nullptr;
+  void *entry = __atomic_load_n(&found, __ATOMIC_RELAXED);
+  if (entry == nullptr) {
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) != cudaSuccess) return false;
+    __atomic_store_n(&found, entry, __ATOMIC_RELAXED);
+  }
+  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
   if (encode == nullptr || reinterpret_cast<uintptr_t>(base) % 16 || row % 8 || (batch > 1 && sample % 8) || row < heads * D) return false;
   if (batch == 1) sample = row * tokens;
   const cuuint64_t sizes[4] = {D, (cuuint64_t)heads, (cuuint64_t)tokens, (cuuint64_t)batch};
@@ -393,9 +285,5 @@ extern "C" int lcm_attention_forward_hopper(const LcmAttention *args, cudaStream
   p.out = a.out, p.lse = a.lse, p.use_reference = a.use_reference, p.out_row = a.out_row, p.out_batch = a.out_batch;
   p.tokens = a.tokens, p.own_tokens = a.own_tokens, p.reference_tokens = reference ? a.reference_tokens : 0, p.shared_reference = a.reference_batch == 1;
   p.heads = a.heads, p.scale = a.scale * 1.4426950408889634f;
-#ifdef ONLY_BF16
-  return launch<__nv_bfloat16, WGS>(a, p, processors, stream);
-#else
-  return a.dtype == 1 ? launch<__nv_bfloat16, WGS>(a, p, processors, stream) : launch<__half, WGS>(a, p, processors, stream);
-#endif
+  return a.dtype == 1 ? launch<__nv_bfloat16, 3>(a, p, processors, stream) : launch<__half, 3>(a, p, processors, stream);
 }

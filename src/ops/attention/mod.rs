@@ -18,8 +18,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-pub use cross::cross_attention;
+pub use cross::{cross_attention, cross_attention_packed};
 
+use super::elementwise::split;
 use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, apply};
 use crate::{Error, Result};
@@ -80,6 +81,53 @@ pub fn attention_where(
     attend(q, own, Some(reference), flags, heads, Mask::None)
 }
 
+/// Self-attention as [`attention`] and [`attention_where`], on `packed` `(batch, tokens, 3 * heads * d)`: the queries,
+/// then the keys, then the values of a token, as a projection by the three weights stacked makes them. On a GPU they are
+/// read where they lie, and their gradient is one tensor again.
+///
+/// `reference`: keys and values, each `(batch or 1, reference tokens, heads * d)`; `sees_reference`: which samples see
+/// it, all where `None`. Returns `(batch, tokens, heads * d)`.
+///
+/// # Errors
+/// As [`attention_where`].
+pub fn attention_packed(
+    packed: &Tensor,
+    reference: Option<(&Tensor, &Tensor)>,
+    sees_reference: Option<&[bool]>,
+    heads: usize,
+) -> Result<Tensor> {
+    let (batch, _, width) = packed.dims3()?;
+    if heads == 0 || width == 0 || width % (3 * heads) != 0 {
+        let expected = format!("(batch, tokens, 3 * {heads} * d)");
+        return Err(Error::argument("attention", "packed", expected, format!("{:?}", packed.dims())));
+    }
+    #[cfg(feature = "cuda")]
+    if packed.device().is_cuda() && reference.is_none_or(|(k, v)| suits(packed, width / 3, k, v)) {
+        let flags = sees_reference.filter(|sees| reference.is_some() && sees.len() == batch && sees.contains(&false));
+        let sees_reference = flags.map(Arc::from);
+        let function = Attention { heads, mask: Mask::None, packing: Packing::QueryKeyValue, sees_reference };
+        let inputs: Vec<&Tensor> =
+            std::iter::once(packed).chain(reference.into_iter().flat_map(|(k, v)| [k, v])).collect();
+        return apply(function, &inputs);
+    }
+    let _ = batch;
+    let parts = split(packed, &[width / 3; 3])?;
+    let (q, own) = (&parts[0], (&parts[1], &parts[2]));
+    match (reference, sees_reference) {
+        (Some(reference), Some(sees)) => attention_where(q, own, reference, sees, heads),
+        (reference, _) => attention(q, own, reference, heads, Mask::None),
+    }
+}
+
+/// Whether reference keys and values fit packed queries; where not, [`attention`] says what is wrong.
+#[cfg(feature = "cuda")]
+fn suits(packed: &Tensor, channels: usize, keys: &Tensor, values: &Tensor) -> bool {
+    let batch = packed.dims()[0];
+    let fits = |t: &Tensor| t.rank() == 3 && t.dims()[2] == channels && (t.dims()[0] == batch || t.dims()[0] == 1);
+    let alike = |t: &Tensor| t.dtype() == packed.dtype() && t.device().same_device(packed.device());
+    keys.dims() == values.dims() && fits(keys) && alike(keys) && alike(values)
+}
+
 fn attend(
     q: &Tensor,
     own: (&Tensor, &Tensor),
@@ -135,18 +183,38 @@ fn attend(
     if tokens == 0 {
         return wrong("own keys", "at least one key".into(), "none".into());
     }
-    apply(Attention { heads, mask, sees_reference }, &inputs)
+    apply(Attention { heads, mask, packing: Packing::None, sees_reference }, &inputs)
 }
 
-/// Its inputs are `q, k, v` or `q, k, v, k2, v2`.
+/// Which of the inputs of a GPU kernel lie side by side in one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU takes packed tensors apart"))]
+enum Packing {
+    /// `q, k, v` or `q, k, v, k2, v2`.
+    None,
+    /// `qkv` or `qkv, k2, v2`.
+    QueryKeyValue,
+    /// `q, kv` or `q, kv, k2, v2`.
+    KeyValue,
+}
+
+/// Its inputs are those of its packing.
 struct Attention {
     heads: usize,
     mask: Mask,
+    packing: Packing,
     /// Which samples see the reference; all, where there are no flags.
     sees_reference: Option<Arc<[bool]>>,
 }
 
 impl Attention {
+    /// Width of the output.
+    #[cfg(feature = "cuda")]
+    fn channels(&self, inputs: &[Tensor]) -> Result<usize> {
+        let width = inputs[0].dim(2)?;
+        Ok(if self.packing == Packing::QueryKeyValue { width / 3 } else { width })
+    }
+
     /// Whether a sample sees the source of keys and values at a position: its own, or the reference.
     fn sees(&self, sample: usize, source: usize) -> bool {
         source == 0 || self.sees_reference.as_ref().is_none_or(|flags| flags[sample])

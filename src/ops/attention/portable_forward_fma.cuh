@@ -29,9 +29,9 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
   F::copy_tile(queries, a.q, sample * a.q_batch + column, a.q_row, first_query, a.tokens, a.head_dim, a.dtype, call.in_fours);
   if (tiles.all > 0) copy_keys(keys_of(0));
 
-  float out[R][C] = {}, maximum[R], sum[R];
+  float out[R][C] = {}, shift[R], sum[R]; // shift: the highest score so far, scaled
 #pragma unroll
-  for (int i = 0; i < R; i++) maximum[i] = -INFINITY, sum[i] = 0.f;
+  for (int i = 0; i < R; i++) shift[i] = -INFINITY, sum[i] = 0.f;
   for (int tile = 0; tile < tiles.all; tile++) {
     const Keys s = keys_of(tile);
     mma::wait<0>();
@@ -43,7 +43,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
 
 #pragma unroll
     for (int i = 0; i < R; i++) {
-      float highest = maximum[i];
+      float highest = -INFINITY;
 #pragma unroll
       for (int j = 0; j < R; j++) {
         const int key = s.first + threadIdx.x + SIDE * j;
@@ -52,11 +52,12 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
       }
 #pragma unroll
       for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, lanes));
-      const float shift = highest == -INFINITY ? 0.f : highest * a.scale, shrink = F::exponential(fmaf(maximum[i], a.scale, -shift));
-      maximum[i] = highest;
+      highest = fmaxf(shift[i], highest * a.scale);
+      const float base = highest == -INFINITY ? 0.f : highest, shrink = F::exponential(shift[i] - base);
+      shift[i] = highest;
       sum[i] *= shrink;
 #pragma unroll
-      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = F::exponential(fmaf(weights[i][j], a.scale, -shift));
+      for (int j = 0; j < R; j++) sum[i] += weights[i][j] = F::exponential(fmaf(weights[i][j], a.scale, -base));
 #pragma unroll
       for (int c = 0; c < C; c++) out[i][c] *= shrink;
     }
@@ -72,7 +73,7 @@ template <typename F> __global__ void __launch_bounds__(SIDE *SIDE, F::C <= 2 ? 
     for (int lanes = SIDE / 2; lanes > 0; lanes /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], lanes);
     const int query = first_query + F::row(i);
     if (a.lse != nullptr && threadIdx.x == 0 && query < a.tokens)
-      a.lse[(static_cast<int64_t>(sample) * a.heads + head) * a.tokens + query] = maximum[i] * a.scale + logf(sum[i]);
+      a.lse[(static_cast<int64_t>(sample) * a.heads + head) * a.tokens + query] = shift[i] + logf(sum[i]);
     sum[i] = sum[i] > 0.f ? 1.f / sum[i] : 0.f;
   }
   F::store_tile(out, sum, a.out, sample * a.out_batch + column, a.out_row, first_query, a.tokens, a.head_dim, a.dtype);

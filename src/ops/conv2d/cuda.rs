@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::Conv2d;
 use crate::autograd::{Backward, Forward};
 use crate::cuda::{
-    Buffer, Gemm, Operand, add_channels, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
+    Buffer, Gemm, Operand, add_channels, avoids, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
 };
 use crate::{Error, Result};
 
@@ -96,6 +96,7 @@ unsafe extern "C" {
 }
 
 const NAME: &str = "conv2d";
+const HOPPER: &str = "hopper-conv";
 
 fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometry> {
     let (batch, height, width, input_channels) = x.dims4()?;
@@ -165,7 +166,7 @@ pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward
         geometry: shape,
     };
     // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    if !taken(NAME, unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) })? {
+    if avoids(HOPPER) || !taken(NAME, unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) })? {
         let (patches, rows, columns) = im2col(convolution, x, weight)?;
         gemm(
             &device,
@@ -233,7 +234,9 @@ fn input_gradient(convolution: &Conv2d, x: &Tensor, weight: &Tensor, gradient: &
         geometry: shape,
     };
     // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    if !taken(NAME, unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) })? {
+    if avoids(HOPPER)
+        || !taken(NAME, unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) })?
+    {
         let (rows, out_channels) = (shape.rows(), weight.dim(0)?);
         let columns = weight.elem_count() / out_channels;
         let patches = Buffer::new(&device, (rows, columns), x.dtype())?;

@@ -1,11 +1,11 @@
-// Convolution and the gradient of its input on Hopper, as implicit matrix products (../hopper_gemm.cuh): bf16 and f16, channels in
+// Convolution and the gradient of its input on Hopper, as implicit matrix products (../hopper_gemm.h): bf16 and f16, channels in
 // multiples of 8, kernels up to 5 x 5, strides 1 and 2.
 //
 // A convolution of stride 2 reads x as four images, one per parity of row and column, each by its own tensor map: under a tap
 // the pixels of a box are then neighbours. The gradient of the input mirrors the taps, and reads the weights in place as a
 // (K, columns) matrix per tap; with stride 2 the four parities of dx's pixels are four products with their own taps each.
 #include "conv2d.h"
-#include "../hopper_launch.cuh"
+#include "../hopper_gemm.h"
 
 using namespace hopper_gemm;
 
@@ -23,7 +23,7 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
   const int multiprocessors = hopper_multiprocessors();
   if (!multiprocessors) return -1;
   int box[4];
-  const int rows = cut(p, phases, multiprocessors, box);
+  const Plan plan = cut(p, phases, gradient, multiprocessors, box);
   const int channels = gradient ? s.output_channels : s.input_channels;
   const int height = gradient ? s.out_height : s.height, width = gradient ? s.out_width : s.width, parities = gradient ? 1 : s.stride;
   for (int y = 0; y < parities; ++y)
@@ -31,10 +31,10 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
       const char *base = static_cast<const char *>(source) + 2ll * channels * (static_cast<int64_t>(y) * width + x);
       const int64_t sizes[4] = {channels, (width - x + parities - 1) / parities, (height - y + parities - 1) / parities, s.batch};
       const int64_t strides[3] = {static_cast<int64_t>(channels) * parities, static_cast<int64_t>(channels) * width * parities, static_cast<int64_t>(channels) * width * height};
-      if (!encode(&p.a[y * parities + x], half, 4, base, sizes, strides, box, true)) return -1;
+      if (!encode(&p.a[y * parities + x], half, 4, base, sizes, strides, box)) return -1;
     }
-  if (!encode_weights(&p.b[0], p, half, gradient, weight, s.input_channels, s.kernel * s.kernel, s.output_channels)) return -1;
-  return launch(p, rows, gradient, half, multiprocessors, stream);
+  if (!encode_weights(&p.b[0], p, plan, half, gradient, weight, s.input_channels, s.kernel * s.kernel, s.output_channels)) return -1;
+  return launch(p, plan, gradient, half, multiprocessors, stream);
 }
 
 bool accepts(Shape &s, int dtype) {

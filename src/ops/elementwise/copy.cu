@@ -53,6 +53,21 @@ struct CopyRows {
   }
 };
 
+// Rows of `columns_a` and `columns_b` words, apart and joined. `split`: from joined to apart.
+template <class Word, bool split>
+struct Join {
+  Word *a, *b, *joined;
+  unsigned columns_a, columns_b;
+  template <int V>
+  __device__ void at(int64_t i) const {
+    int64_t row;
+    unsigned column;
+    split_index<1>(i, columns_a + columns_b, row, column);
+    Word *part = column < columns_a ? a + row * columns_a + column : b + row * columns_b + (column - columns_a);
+    if constexpr (split) *part = joined[i]; else joined[i] = *part;
+  }
+};
+
 // Calls `f` with a value of the widest type of word, up to 16 bytes, that divides the number `bits` (addresses and
 // lengths in bytes, or-ed together).
 template <class F>
@@ -65,6 +80,23 @@ int by_word(uint64_t bits, F f) {
 }
 
 uint64_t address(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+bool is_element(int bytes) { return bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8; }
+
+template <bool split>
+int join(void *a, void *b, void *joined, int64_t rows, int64_t channels_a, int64_t channels_b, int element_bytes,
+                cudaStream_t stream) {
+  int64_t width_a = channels_a * element_bytes, width_b = channels_b * element_bytes;
+  if (rows < 0 || channels_a < 0 || channels_b < 0 || !is_element(element_bytes) || width_a + width_b > 0xffffffffll)
+    return -1;
+  if (rows == 0 || width_a + width_b == 0) return 0;
+  return by_word(address(a) | address(b) | address(joined) | width_a | width_b, [&](auto word) {
+    using Word = decltype(word);
+    constexpr int64_t size = sizeof(Word);
+    Join<Word, split> f{(Word *)a, (Word *)b, (Word *)joined, (unsigned)(width_a / size), (unsigned)(width_b / size)};
+    return map<1>(f, rows * ((width_a + width_b) / size), stream);
+  });
+}
 
 } // namespace
 
@@ -80,8 +112,7 @@ extern "C" int lcm_elementwise_cast(const void *from, void *to, int64_t count, i
 
 extern "C" int lcm_elementwise_copy_rows(const void *from, void *to, int64_t rows, int64_t channels, int64_t from_stride,
                                          int64_t to_stride, int element_bytes, cudaStream_t stream) {
-  if (rows < 0 || channels < 0 || (element_bytes != 1 && element_bytes != 2 && element_bytes != 4 && element_bytes != 8))
-    return -1;
+  if (rows < 0 || channels < 0 || !is_element(element_bytes)) return -1;
   int64_t width = channels * element_bytes, from_step = from_stride * element_bytes, to_step = to_stride * element_bytes;
   if (width > 0xffffffffll) return -1;
   if (rows == 0 || width == 0) return 0;
@@ -95,20 +126,15 @@ extern "C" int lcm_elementwise_copy_rows(const void *from, void *to, int64_t row
 
 extern "C" int lcm_elementwise_concat(const void *a, const void *b, void *out, int64_t rows, int64_t channels_a,
                                       int64_t channels_b, int element_bytes, cudaStream_t stream) {
-  int64_t channels = channels_a + channels_b;
-  int error = lcm_elementwise_copy_rows(a, out, rows, channels_a, channels_a, channels, element_bytes, stream);
-  if (error) return error;
-  void *rest = static_cast<char *>(out) + channels_a * element_bytes;
-  return lcm_elementwise_copy_rows(b, rest, rows, channels_b, channels_b, channels, element_bytes, stream);
+  return join<false>(const_cast<void *>(a), const_cast<void *>(b), out, rows, channels_a, channels_b, element_bytes,
+                     stream);
 }
 
 extern "C" int lcm_elementwise_split(const void *x, void *a, void *b, int64_t rows, int64_t channels_a,
                                      int64_t channels_b, int element_bytes, cudaStream_t stream) {
   int64_t channels = channels_a + channels_b;
-  if (a) {
-    int error = lcm_elementwise_copy_rows(x, a, rows, channels_a, channels, channels_a, element_bytes, stream);
-    if (error) return error;
-  }
+  if (a && b) return join<true>(a, b, const_cast<void *>(x), rows, channels_a, channels_b, element_bytes, stream);
+  if (a) return lcm_elementwise_copy_rows(x, a, rows, channels_a, channels, channels_a, element_bytes, stream);
   if (!b) return 0;
   const void *rest = static_cast<const char *>(x) + channels_a * element_bytes;
   return lcm_elementwise_copy_rows(rest, b, rows, channels_b, channels, channels_b, element_bytes, stream);

@@ -11,30 +11,30 @@ using namespace lcm;
 namespace {
 
 // What a thread knows of its pack of channels.
-template <int V>
+template <class T, int V>
 struct Channels {
-  float mean[V], rstd[V], weight[V], bias[V];
+  float mean[V], rstd[V];
+  Pack<T, V> weight, bias; // not as floats: registers are short
 
-  template <class T>
   __device__ __forceinline__ Channels(const T *weights, const T *biases, const float *means, const float *rstds, int c,
-                                      int per_group) {
-    load<V>(weights + c, weight);
-    load<V>(biases + c, bias);
+                                      int per_group)
+      : weight(load_pack<V>(weights + c)), bias(load_pack<V>(biases + c)) {
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      mean[i] = means[(c + i) / per_group];
-      rstd[i] = rstds[(c + i) / per_group];
+      mean[i] = means[group[i]];
+      rstd[i] = rstds[group[i]];
     }
   }
 
   // Turns x into n and dy into g.
-  template <class T>
   __device__ __forceinline__ void recompute(int activation, float (&x)[V], float (&g)[V]) const {
     float z[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       x[i] = (x[i] - mean[i]) * rstd[i];
-      z[i] = x[i] * weight[i] + bias[i];
+      z[i] = x[i] * static_cast<float>(weight.values[i]) + static_cast<float>(bias.values[i]);
     }
     times_derivative<T>(activation, z, g);
   }
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kNormThreads)
     int c = base + column * V;
     float first[V] = {}, second[V] = {};
     if (c < channels && row < plan.rows) {
-      Channels<V> known(weight, bias, mean, rstd, c, per_group);
+      Channels<T, V> known(weight, bias, mean, rstd, c, per_group);
       int stride;
       const T *from = x.column(sample + first_pixel, c, stride);
       const T *gradient = dy + (sample + first_pixel) * channels + c;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kNormThreads)
             float n[V], g[V];
             to_floats<V>(xs[u], n);
             to_floats<V>(gs[u], g);
-            known.template recompute<T>(activation, n, g);
+            known.recompute(activation, n, g);
 #pragma unroll
             for (int i = 0; i < V; ++i) {
               first[i] += g[i];
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kNormThreads)
     sum_rows(first, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) { plain[channel] = sum; });
     sum_rows(second, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) { along[channel] = sum; });
   }
+  let_next_start();
   if (by_channel) {
     by_channel += (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * 2 * channels;
     for (int c = threadIdx.x; c < channels; c += blockDim.x) {
@@ -119,6 +120,7 @@ __global__ void __launch_bounds__(kNormThreads)
   float *plain = shared, *along = plain + groups;
   int channels = x.channels1 + x.channels2, per_group = channels / groups;
   float size = static_cast<float>(pixels) * per_group;
+  wait_for_previous();
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     const float2 *parts = by_group + (static_cast<int64_t>(blockIdx.y) * groups + group) * plan.chunks;
     float first = 0.0f, second = 0.0f;
@@ -138,27 +140,30 @@ __global__ void __launch_bounds__(kNormThreads)
   if (row >= plan.rows) return;
   int64_t first_pixel = blockIdx.x * plan.per_chunk, sample = blockIdx.y * pixels;
   int count = static_cast<int>(min(plan.per_chunk, pixels - first_pixel));
+  int64_t last = sample + first_pixel + count - 1; // backwards: L2 holds what the sums read last
   mean += static_cast<int64_t>(blockIdx.y) * groups;
   rstd += static_cast<int64_t>(blockIdx.y) * groups;
   for (int c = column * V; c < channels; c += plan.columns * V) {
-    Channels<V> known(weight, bias, mean, rstd, c, per_group);
+    Channels<T, V> known(weight, bias, mean, rstd, c, per_group);
     float plain_of[V], along_of[V];
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      plain_of[i] = plain[(c + i) / per_group];
-      along_of[i] = along[(c + i) / per_group];
+      plain_of[i] = plain[group[i]];
+      along_of[i] = along[group[i]];
     }
     int stride, to_stride;
-    const T *from = x.column(sample + first_pixel, c, stride);
-    const T *gradient = dy + (sample + first_pixel) * channels + c;
-    T *to = dx.column(sample + first_pixel, c, to_stride);
+    const T *from = x.column(last, c, stride);
+    const T *gradient = dy + last * channels + c;
+    T *to = dx.column(last, c, to_stride);
     for (int pixel = row; pixel < count; pixel += plan.rows * kUnroll) {
       Pack<T, V> xs[kUnroll], gs[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
         if (pixel + u * plan.rows < count) {
-          xs[u] = load_pack<V>(from + static_cast<int64_t>(pixel + u * plan.rows) * stride);
-          gs[u] = load_pack<V>(gradient + static_cast<int64_t>(pixel + u * plan.rows) * channels);
+          xs[u] = load_pack<V>(from - static_cast<int64_t>(pixel + u * plan.rows) * stride);
+          gs[u] = load_pack<V>(gradient - static_cast<int64_t>(pixel + u * plan.rows) * channels);
         }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -166,10 +171,11 @@ __global__ void __launch_bounds__(kNormThreads)
           float n[V], g[V];
           to_floats<V>(xs[u], n);
           to_floats<V>(gs[u], g);
-          known.template recompute<T>(activation, n, g);
+          known.recompute(activation, n, g);
 #pragma unroll
-          for (int i = 0; i < V; ++i) g[i] = known.rstd[i] * (g[i] * known.weight[i] - plain_of[i] - n[i] * along_of[i]);
-          store<V>(to + static_cast<int64_t>(pixel + u * plan.rows) * to_stride, g);
+          for (int i = 0; i < V; ++i)
+            g[i] = known.rstd[i] * (g[i] * static_cast<float>(known.weight.values[i]) - plain_of[i] - n[i] * along_of[i]);
+          store<V>(to - static_cast<int64_t>(pixel + u * plan.rows) * to_stride, g);
         }
     }
   }
@@ -201,6 +207,7 @@ extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const voi
                                        cudaStream_t stream) {
   int channels = channels1 + channels2;
   if (!takes(batch, pixels, channels1, channels2, groups, activation) || (dx1 && channels2 > 0 && !dx2)) return -1;
+  bool sums_wanted = dweight || dbias;
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 &&
                     aligned(x1, x2, weight, bias, dy, dx1, dx2);
   return dispatch(dtype, vectorised, [&](auto kind) {
@@ -212,16 +219,15 @@ extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const voi
     dim3 grid(plan.chunks, static_cast<unsigned>(batch));
     auto *by_group = static_cast<float2 *>(workspace);
     auto *by_channel = reinterpret_cast<float *>(static_cast<char *>(workspace) + group_bytes(batch, plan, groups));
-    bool sums_wanted = dweight || dbias;
     size_t shared = sizeof(float) * (2 * channels + V * plan.threads);
     partial_sums<T, V><<<grid, plan.threads, shared, stream>>>(x, g, w, b, mean, rstd, plan, pixels, groups, activation,
                                                                by_group, sums_wanted ? by_channel : nullptr);
     if (int error = launched()) return error;
     if (dx1) {
       Joined<T> dx{(T *)dx1, (T *)dx2, channels1, channels2};
-      input_gradient<T, V><<<grid, plan.threads, 2 * sizeof(float) * groups, stream>>>(
-          x, g, w, b, mean, rstd, dx, plan, pixels, groups, activation, by_group);
-      if (int error = launched()) return error;
+      int error = launch_dependent(input_gradient<T, V>, grid, plan.threads, 2 * sizeof(float) * groups, stream, x, g, w,
+                                   b, mean, rstd, dx, plan, pixels, groups, activation, by_group);
+      if (error) return error;
     }
     if (!sums_wanted) return 0;
     int parts = static_cast<int>(batch) * plan.chunks;

@@ -46,15 +46,19 @@ __global__ void __launch_bounds__(kNormThreads)
             }
           }
       }
+      if (row == 0) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) squares[c + i] = shift[i]; // until the sums are there
+      }
     }
     sum_rows(first, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) { means[channel] = sum; });
     sum_rows(second, scratch, plan.rows, plan.columns, base, channels, [&](int channel, float sum) {
-      int stride;
-      float shift = static_cast<float>(*x.column(sample, channel, stride)), mean = means[channel] / count;
-      squares[channel] = fmaxf(sum - means[channel] * mean, 0.0f);
-      means[channel] = shift + mean;
+      float off = means[channel] / count, origin = squares[channel];
+      squares[channel] = fmaxf(sum - means[channel] * off, 0.0f);
+      means[channel] = origin + off;
     });
   }
+  let_next_start();
   int per_group = channels / groups, lane = threadIdx.x % 32;
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     const float *mean_of = means + group * per_group, *squares_of = squares + group * per_group;
@@ -87,7 +91,8 @@ __device__ __forceinline__ float2 combine(const float2 *partial, const NormPlan 
   return make_float2(mean, 1.0f / sqrtf(variance + eps));
 }
 
-// Every block combines the moments of its sample (cheaper than a launch between), then treats its chunk of pixels.
+// Every block combines the moments of its sample (cheaper than a launch between), then treats its chunk of pixels, the
+// last ones first: those are what L2 still holds of a large x.
 template <class T, int V>
 __global__ void __launch_bounds__(kNormThreads)
     normalise(Joined<const T> x, const T *weight, const T *bias, T *y, float *mean, float *rstd, NormPlan plan,
@@ -95,6 +100,7 @@ __global__ void __launch_bounds__(kNormThreads)
   extern __shared__ float shared[];
   float *means = shared, *rstds = means + groups;
   int channels = x.channels1 + x.channels2, per_group = channels / groups;
+  wait_for_previous();
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     int64_t index = static_cast<int64_t>(blockIdx.y) * groups + group;
     float2 moments = combine(partial + index * plan.chunks, plan, pixels, per_group, eps);
@@ -116,21 +122,22 @@ __global__ void __launch_bounds__(kNormThreads)
     float centre[V], scale[V], offset[V];
     load<V>(weight + c, scale);
     load<V>(bias + c, offset);
+    int group[V];
+    groups_of(c, per_group, group);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      int group = (c + i) / per_group;
-      centre[i] = means[group];
-      scale[i] *= rstds[group];
+      centre[i] = means[group[i]];
+      scale[i] *= rstds[group[i]];
     }
     int stride;
-    const T *from = x.column(sample + first_pixel, c, stride);
-    T *to = y + (sample + first_pixel) * channels + c;
+    const T *from = x.column(sample + first_pixel + count - 1, c, stride);
+    T *to = y + (sample + first_pixel + count - 1) * channels + c;
     for (int pixel = row; pixel < count; pixel += plan.rows * kNormUnroll) {
       Pack<T, V> packs[kNormUnroll];
 #pragma unroll
       for (int u = 0; u < kNormUnroll; ++u)
         if (pixel + u * plan.rows < count)
-          packs[u] = load_pack<V>(from + static_cast<int64_t>(pixel + u * plan.rows) * stride);
+          packs[u] = load_pack<V>(from - static_cast<int64_t>(pixel + u * plan.rows) * stride);
 #pragma unroll
       for (int u = 0; u < kNormUnroll; ++u)
         if (pixel + u * plan.rows < count) {
@@ -139,7 +146,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
           for (int i = 0; i < V; ++i) values[i] = (values[i] - centre[i]) * scale[i] + offset[i];
           activate<T>(activation, values);
-          store<V>(to + static_cast<int64_t>(pixel + u * plan.rows) * channels, values);
+          store<V>(to - static_cast<int64_t>(pixel + u * plan.rows) * channels, values);
         }
     }
   }
@@ -164,8 +171,8 @@ extern "C" int lcm_group_norm_forward(const void *x1, const void *x2, const void
     size_t shared = sizeof(float) * (2 * channels + V * plan.threads);
     partial_moments<T, V><<<grid, plan.threads, shared, stream>>>(x, plan, pixels, groups, partial);
     if (int error = launched()) return error;
-    normalise<T, V><<<grid, plan.threads, 2 * sizeof(float) * groups, stream>>>(
-        x, (const T *)weight, (const T *)bias, (T *)y, mean, rstd, plan, pixels, groups, eps, activation, partial);
-    return launched();
+    return launch_dependent(normalise<T, V>, grid, plan.threads, 2 * sizeof(float) * groups, stream, x,
+                            (const T *)weight, (const T *)bias, (T *)y, mean, rstd, plan, pixels, groups, eps,
+                            activation, partial);
   });
 }

@@ -7,6 +7,7 @@
 // kernel adds up for itself, stay few.
 #pragma once
 #include "../activation/activation.cuh"
+#include "../dependent_launch.cuh"
 
 namespace lcm {
 
@@ -58,21 +59,42 @@ struct Joined {
   }
 };
 
+// The groups of V channels from c on, by one division.
+template <int V>
+__device__ __forceinline__ void groups_of(int c, int per_group, int (&groups)[V]) {
+  int group = c / per_group, left = (group + 1) * per_group - c; // left: channels of this group from here on
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (left == 0) {
+      ++group;
+      left = per_group;
+    }
+    groups[i] = group;
+    --left;
+  }
+}
+
 // The sums over a block's rows of what threads hold for V channels each: calls finish(channel, sum). `scratch`: V floats
-// a thread. Channels start at `base`; thread (row, column) holds those of pack `column`.
+// a thread. Channels start at `base`; thread (row, column) holds those of pack `column`. As many threads as there are
+// share a sum, in a fixed order.
 template <int V, class F>
 __device__ __forceinline__ void sum_rows(const float (&values)[V], float *scratch, int rows, int columns, int base,
                                          int channels, F finish) {
 #pragma unroll
   for (int i = 0; i < V; ++i) scratch[i * blockDim.x + threadIdx.x] = values[i];
+  int sharing = 1;
+  while (sharing < 32 && 2 * sharing * columns * V <= blockDim.x) sharing *= 2;
   __syncthreads();
-  for (int j = threadIdx.x; j < columns * V; j += blockDim.x) {
-    int i = j / columns, column = j - i * columns, channel = base + column * V + i;
-    if (channel < channels) {
-      float sum = 0.0f;
-      for (int row = 0; row < rows; ++row) sum += scratch[i * blockDim.x + row * columns + column];
-      finish(channel, sum);
+  for (int start = 0; start < columns * V * sharing; start += blockDim.x) { // whole warps stay: they shuffle
+    int index = start + threadIdx.x, j = index / sharing, i = j / columns, column = j - i * columns;
+    float sum = 0.0f;
+    if (i < V) {
+#pragma unroll 4
+      for (int row = index % sharing; row < rows; row += sharing) sum += scratch[i * blockDim.x + row * columns + column];
     }
+    for (int distance = sharing / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    int channel = base + column * V + i;
+    if (i < V && index % sharing == 0 && channel < channels) finish(channel, sum);
   }
   __syncthreads();
 }

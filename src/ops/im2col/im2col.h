@@ -1,4 +1,5 @@
-// Patches of pictures as rows of a matrix, and back, on CUDA devices: with a matrix product, a convolution of any shape.
+// Patches of pictures as rows of a matrix, and back, on CUDA devices: with a matrix product, a convolution of any
+// shape.
 // dtype: 0 = f32, 1 = bf16, 2 = f16. All return 0, a cudaError_t, or -1 for arguments they do not take.
 #pragma once
 #include <cuda_runtime_api.h>

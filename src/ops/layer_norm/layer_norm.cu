@@ -1,4 +1,5 @@
-// Layer normalisation: a row is held in registers by one warp or a few, so memory is read once and the variance is taken
+// Layer normalisation: a row is held in registers by one warp or a few, so memory is read once and the variance is
+// taken
 // in a second pass over registers, where a large mean cannot cancel.
 #include "layer_norm.h"
 
@@ -15,7 +16,7 @@ struct RowPlan {
   RowPlan(int64_t rows, int packs, int packs_per_thread) {
     threads_per_row = 32;
     while (threads_per_row * packs_per_thread < packs) threads_per_row *= 2;
-    threads = threads_per_row > 256 ? threads_per_row : 256;
+    threads = threads_per_row > 128 ? threads_per_row : 128;
     blocks = static_cast<unsigned>(divide_up<int64_t>(rows, threads / threads_per_row));
   }
 };
@@ -113,13 +114,14 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
   int thread = threadIdx.x % threads_per_row, packs = row < rows ? channels / V : 0;
   float centre = packs ? mean[row] : 0.0f, scale = packs ? rstd[row] : 0.0f;
   row *= channels;
-  Pack<T, V> xs[K], gs[K];
+  Pack<T, V> xs[K], gs[K], others[K];
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (thread + k * threads_per_row < packs) {
       int64_t at = row + (thread + k * threads_per_row) * V;
       xs[k] = load_pack<V>(h + at);
       gs[k] = load_pack<V>(dy + at);
+      if (dh) others[k] = load_pack<V>(dh + at);
     }
   float plain = 0.0f, along = 0.0f;
 #pragma unroll
@@ -148,10 +150,8 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
         values[i] = scale * (static_cast<float>(gs[k].values[i]) * weights[i] - plain - n * along);
       }
       if (dh) {
-        float others[V];
-        load<V>(dh + row + c, others);
 #pragma unroll
-        for (int i = 0; i < V; ++i) values[i] += others[i];
+        for (int i = 0; i < V; ++i) values[i] += static_cast<float>(others[k].values[i]);
       }
       store<V>(dx + row + c, values);
     }

@@ -3,10 +3,15 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod residual;
+#[cfg(feature = "cuda")]
+mod residual_cuda;
 #[cfg(test)]
 mod tests;
 
 use candle_core::Tensor;
+
+pub use residual::add_layer_norm;
 
 use super::support::{dispatch, on_cuda, same_kind};
 use crate::autograd::{Backward, Forward, Function, Value, apply};
@@ -50,7 +55,7 @@ impl Function for LayerNorm {
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        on_cuda!(context.inputs[0] => cuda::backward(context));
+        on_cuda!(context.inputs[0] => cuda::backward(self.eps, context));
         dispatch!("layer_norm", context.inputs[0], T => cpu::backward::<T>(self.eps, context))
     }
 

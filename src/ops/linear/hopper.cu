@@ -1,6 +1,7 @@
-// Linear layers on Hopper: the matrix product of ../hopper_gemm.cuh over an "image" of one row whose pixels are the rows of x. A low-rank update
+// Linear layers on Hopper: the matrix product of ../hopper_gemm.h over an "image" of one row whose pixels are the rows of x. A low-rank update
 // (LoRA) is a second tap: its product lengthens the sum over K, so it costs no pass over y. bf16 and f16, features in multiples of 8.
-#include "../hopper_launch.cuh"
+// Measured on an H100 this is worth its while with an update; a plain product of few steps is faster through cuBLASLt, which hides the writing of a tile better.
+#include "../hopper_gemm.h"
 
 using namespace hopper_gemm;
 
@@ -9,7 +10,7 @@ namespace {
 // The map of a matrix (rows, features) whose rows are `row` numbers apart.
 bool encode_rows(CUtensorMap *map, bool half, const int (&box)[4], const void *base, int64_t rows, int64_t features, int64_t row) {
   const int64_t sizes[4] = {features, rows, 1, 1}, strides[3] = {row, row * rows, row * rows};
-  return encode(map, half, 4, base, sizes, strides, box, true);
+  return encode(map, half, 4, base, sizes, strides, box);
 }
 
 // y (rows, columns) = a (rows, depth) b + low (rows, rank) c + bias + residual; b and c as (columns, K), or (K, columns) if `transposed`.
@@ -29,13 +30,13 @@ int run(const void *a, const void *b, const void *low, const void *c, int rank, 
   p.taps[1] = Tap{1, 1, 0, 0, 0, static_cast<int16_t>(low_steps)};
   p.first_tap[1] = rank ? 2 : 1, p.steps[0] = steps + low_steps;
   int box[4];
-  const int tile = cut(p, 1, multiprocessors, box);
+  const Plan plan = cut(p, 1, transposed, multiprocessors, box);
   const auto weights = [&](CUtensorMap *map, const void *matrix, int k) {
-    return transposed ? encode_weights(map, p, half, true, matrix, columns, 1, k) : encode_weights(map, p, half, false, matrix, k, 1, columns);
+    return transposed ? encode_weights(map, p, plan, half, true, matrix, columns, 1, k) : encode_weights(map, p, plan, half, false, matrix, k, 1, columns);
   };
   if (!encode_rows(&p.a[0], half, box, a, rows, depth, a_row) || !weights(&p.b[0], b, depth)) return -1;
   if (rank && (!encode_rows(&p.a[1], half, box, low, rows, rank, rank) || !weights(&p.b[1], c, rank))) return -1;
-  return launch(p, tile, transposed, half, multiprocessors, stream);
+  return launch(p, plan, transposed, half, multiprocessors, stream);
 }
 
 } // namespace

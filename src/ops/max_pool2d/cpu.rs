@@ -6,6 +6,10 @@ use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::support::{Real, tensor, values};
 
+fn is_nan<T: Real>(value: T) -> bool {
+    value.partial_cmp(&value).is_none()
+}
+
 /// The index of the largest value of the window whose first pixel is `(top, left)`, for one channel of one image.
 fn largest<T: Real>(pool: &MaxPool2d, image: &[T], [width, channels]: [usize; 2], start: usize) -> usize {
     let mut best = start;
@@ -13,7 +17,7 @@ fn largest<T: Real>(pool: &MaxPool2d, image: &[T], [width, channels]: [usize; 2]
         for dx in 0..pool.kernel {
             let at = start + (dy * width + dx) * channels;
             // NaN wins and stays, as in torch.
-            if image[at] > image[best] || (image[at] != image[at] && image[best] == image[best]) {
+            if image[at] > image[best] || (is_nan(image[at]) && !is_nan(image[best])) {
                 best = at;
             }
         }

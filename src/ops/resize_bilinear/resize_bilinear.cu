@@ -1,4 +1,5 @@
-// Bilinear resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second gathers,
+// Bilinear resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second
+// gathers,
 // both axes at once: pictures are few and small beside a network's activations. The gradient gathers too (which output
 // pixels an input pixel contributes to is an interval), so it needs no atomics and no order is left to chance.
 #include "resize_bilinear.h"
@@ -9,10 +10,12 @@ using namespace lcm;
 
 namespace {
 
-// The filter of one axis: output pixel o mixes `count[o]` input pixels from `first[o]` on, by weights[o * most ...].
+// The filter of one axis: output pixel o mixes `count[o]` input pixels from `first[o]` on, by weights[o * most ...];
+// input
+// pixel i is mixed into the output pixels from `begin[i]` to before `end[i]`.
 struct Taps {
   int from, to, most;
-  int *first, *count;
+  int *first, *count, *begin, *end;
   float *weights;
 };
 
@@ -22,40 +25,75 @@ int most_taps(int from, int to, bool antialias) {
 }
 
 size_t taps_bytes(int from, int to, bool antialias) {
-  return static_cast<size_t>(to) * (2 * sizeof(int) + sizeof(float) * most_taps(from, to, antialias));
+  return sizeof(int) * 2 * (static_cast<size_t>(to) + from) + sizeof(float) * most_taps(from, to, antialias) * to;
 }
 
 Taps taps_at(void *memory, int from, int to, bool antialias) {
-  int most = most_taps(from, to, antialias), *first = static_cast<int *>(memory);
-  return Taps{from, to, most, first, first + to, reinterpret_cast<float *>(first + 2 * to)};
+  int most = most_taps(from, to, antialias), *first = static_cast<int *>(memory), *begin = first + 2 * to;
+  return Taps{from, to, most, first, first + to, begin, begin + from, reinterpret_cast<float *>(begin + 2 * from)};
 }
 
-// One thread an output pixel; blockIdx.y: the axis.
-__global__ void fill_taps(Taps vertical, Taps horizontal, bool antialias) {
-  const Taps &taps = blockIdx.y == 0 ? vertical : horizontal;
-  int o = blockIdx.x * blockDim.x + threadIdx.x;
-  if (o >= taps.to) return;
-  float *weights = taps.weights + static_cast<int64_t>(o) * taps.most;
-  double scale = static_cast<double>(taps.from) / taps.to, centre = scale * (o + 0.5);
-  if (antialias) {
-    double reach = fmax(scale, 1.0), total = 0.0;
-    int first = static_cast<int>(fmax(centre - reach + 0.5, 0.0)), end = min(static_cast<int>(centre + reach + 0.5), taps.from);
-    int count = min(end - first, taps.most);
-    auto weight = [&](int i) { return fmax(1.0 - fabs((i - centre + 0.5) / reach), 0.0); };
-    for (int k = 0; k < count; ++k) total += weight(first + k);
-    for (int k = 0; k < count; ++k) weights[k] = static_cast<float>(weight(first + k) / total);
-    taps.first[o] = first;
-    taps.count[o] = count;
-    return;
+// Where the filter of an output pixel lies: over the input pixels [first, end).
+struct Reach {
+  double centre, reach;
+  int first, end;
+
+  __device__ Reach(const Taps &taps, int o, bool antialias) {
+    double scale = static_cast<double>(taps.from) / taps.to;
+    centre = scale * (o + 0.5);
+    reach = fmax(scale, 1.0);
+    if (antialias) {
+      first = static_cast<int>(fmax(centre - reach + 0.5, 0.0));
+      end = min(min(static_cast<int>(centre + reach + 0.5), taps.from), first + taps.most);
+    } else {
+      first = min(static_cast<int>(fmax(centre - 0.5, 0.0)), taps.from - 1);
+      end = min(first + 2, taps.from);
+    }
   }
-  double position = fmax(centre - 0.5, 0.0);
-  int first = min(static_cast<int>(position), taps.from - 1);
-  bool last = first + 1 >= taps.from;
-  double share = last ? 0.0 : position - first;
-  taps.first[o] = first;
-  taps.count[o] = last ? 1 : 2;
-  weights[0] = static_cast<float>(1.0 - share);
-  weights[1] = static_cast<float>(share);
+};
+
+__device__ void fill_output(const Taps &taps, int o, bool antialias) {
+  float *weights = taps.weights + static_cast<int64_t>(o) * taps.most;
+  Reach at(taps, o, antialias);
+  taps.first[o] = at.first;
+  taps.count[o] = at.end - at.first;
+  if (antialias) {
+    auto weight = [&](int i) { return fmax(1.0 - fabs((i - at.centre + 0.5) / at.reach), 0.0); };
+    double total = 0.0;
+    for (int i = at.first; i < at.end; ++i) total += weight(i);
+    for (int i = at.first; i < at.end; ++i) weights[i - at.first] = static_cast<float>(weight(i) / total);
+  } else {
+    double share = at.end - at.first == 2 ? fmax(at.centre - 0.5, 0.0) - at.first : 0.0;
+    weights[0] = static_cast<float>(1.0 - share);
+    weights[1] = static_cast<float>(share);
+  }
+}
+
+// Filters move on with their centres, at scale (o + 0.5), and end less than reach + 1 from them: the output pixels of
+// input pixel i are among those so near, and one more at either end. At the borders, where filters are cut, all are.
+__device__ void fill_input(const Taps &taps, int i, bool antialias) {
+  double scale = static_cast<double>(taps.from) / taps.to, reach = fmax(scale, 1.0) + 1.0;
+  int begin = i == 0 ? 0 : max(static_cast<int>((i + 0.5 - reach) / scale - 0.5) - 1, 0);
+  int end = i == taps.from - 1 ? taps.to : min(static_cast<int>((i + 0.5 + reach) / scale - 0.5) + 3, taps.to);
+  auto holds = [&](int o) {
+    Reach at(taps, o, antialias);
+    return at.first <= i && i < at.end;
+  };
+  while (begin < end && !holds(begin)) ++begin;
+  while (begin < end && !holds(end - 1)) --end;
+  taps.begin[i] = begin;
+  taps.end[i] = end;
+}
+
+// One thread a pixel; blockIdx.y: the axis, and 2 more for input pixels.
+__global__ void fill_taps(Taps vertical, Taps horizontal, bool antialias) {
+  const Taps &taps = blockIdx.y % 2 == 0 ? vertical : horizontal;
+  int pixel = blockIdx.x * blockDim.x + threadIdx.x;
+  if (blockIdx.y < 2) {
+    if (pixel < taps.to) fill_output(taps, pixel, antialias);
+  } else if (pixel < taps.from) {
+    fill_input(taps, pixel, antialias);
+  }
 }
 
 // Decomposes the index of a pack of (batch, height, width, channels).
@@ -102,19 +140,9 @@ struct Forward {
   }
 };
 
-// The output pixels, [begin, end), whose filters may contain input pixel i: filters move on with their centres, at
-// scale (o + 0.5), and reach less than reach + 1 to either side. A pixel more than that is looked at at either end, and
-// the borders at both, where filters are cut.
-__device__ __forceinline__ void outputs_near(const Taps &taps, int i, int &begin, int &end) {
-  double scale = static_cast<double>(taps.from) / taps.to, reach = fmax(scale, 1.0) + 1.0;
-  begin = i == 0 ? 0 : max(static_cast<int>((i + 0.5 - reach) / scale - 0.5) - 1, 0);
-  end = i == taps.from - 1 ? taps.to : min(static_cast<int>((i + 0.5 + reach) / scale - 0.5) + 3, taps.to);
-}
-
-// The weight of input pixel i in output pixel o.
+// The weight of input pixel i in output pixel o, which mixes it.
 __device__ __forceinline__ float weight_of(const Taps &taps, int o, int i) {
-  int k = i - taps.first[o];
-  return k >= 0 && k < taps.count[o] ? taps.weights[static_cast<int64_t>(o) * taps.most + k] : 0.0f;
+  return taps.weights[static_cast<int64_t>(o) * taps.most + i - taps.first[o]];
 }
 
 template <class T>
@@ -128,18 +156,15 @@ struct Backward {
     int64_t sample;
     unsigned row, column, c;
     position_of<V>(i, vertical.from, horizontal.from, channels, sample, row, column, c);
-    int top, bottom, left, right;
-    outputs_near(vertical, row, top, bottom);
-    outputs_near(horizontal, column, left, right);
+    int top = vertical.begin[row], bottom = vertical.end[row];
+    int left = horizontal.begin[column], right = horizontal.end[column];
     float sum[V] = {};
     for (int a = top; a < bottom; ++a) {
       float down = weight_of(vertical, a, row);
-      if (down == 0.0f) continue;
       const T *line = dy + (sample * vertical.to + a) * horizontal.to * channels + c;
       float mixed[V] = {};
       for (int b = left; b < right; ++b) {
         float across = weight_of(horizontal, b, column);
-        if (across == 0.0f) continue;
         float values[V];
         load<V>(line + static_cast<int64_t>(b) * channels, values);
 #pragma unroll
@@ -160,8 +185,9 @@ int launch(const void *from, void *to, int64_t count, int height, int width, int
   Taps vertical = taps_at(workspace, height, new_height, antialias);
   void *rest = static_cast<char *>(workspace) + taps_bytes(height, new_height, antialias);
   Taps horizontal = taps_at(rest, width, new_width, antialias);
-  int longest = new_height > new_width ? new_height : new_width;
-  fill_taps<<<dim3(divide_up(longest, 64), 2), 64, 0, stream>>>(vertical, horizontal, antialias != 0);
+  int longest = 1;
+  for (int size : {height, width, new_height, new_width}) longest = size > longest ? size : longest;
+  fill_taps<<<dim3(divide_up(longest, 64), 4), 64, 0, stream>>>(vertical, horizontal, antialias != 0);
   if (int error = launched()) return error;
   return dispatch(dtype, channels % wide(dtype) == 0 && aligned(from, to), [&](auto kind) {
     using T = typename decltype(kind)::type;

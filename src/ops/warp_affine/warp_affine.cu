@@ -1,8 +1,10 @@
 // Affine warping. Positions are computed in f64 from f64 matrices, as on the CPU: the share of a pixel is the fraction
 // of a coordinate of up to some thousands, of which f32 would leave four digits.
 //
-// The gradient gathers: the output pixels that touch an input pixel are those whose position is less than 1 away on both
-// axes, a parallelogram, of which the inverse of the matrix gives the rows and, row by row, two inequalities the columns.
+// The gradient gathers: the output pixels that touch an input pixel are those whose position is less than 1 away on
+// both
+// axes, a parallelogram, of which the inverse of the matrix gives the rows and, row by row, two inequalities the
+// columns.
 // Each input pixel so visits hardly more output pixels than contribute, in a fixed order, and no atomics are needed.
 #include "warp_affine.h"
 

@@ -1,0 +1,84 @@
+//! Several frozen projections of the same input as one.
+
+use candle_core::Tensor;
+
+use super::layers::Linear;
+use super::lora::Loras;
+use crate::Result;
+use crate::ops;
+
+/// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
+/// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
+///
+/// Made on a GPU only, where one large product is faster than several small ones.
+#[derive(Clone, Debug)]
+pub struct StackedLinear {
+    /// `(sum of the outputs, input)`.
+    weight: Tensor,
+    layers: Vec<(String, Tensor)>,
+}
+
+impl StackedLinear {
+    /// Stacks layers of one input width; `None` where they are no frozen layers without bias on a GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] where the input widths differ or memory is out.
+    pub fn new(layers: &mut [&mut Linear]) -> Result<Option<Self>> {
+        let fits =
+            |layer: &&mut Linear| layer.weight.device().is_cuda() && !layer.weight.track_op() && layer.bias.is_none();
+        if !layers.iter().all(fits) {
+            return Ok(None);
+        }
+        let weights: Vec<&Tensor> = layers.iter().map(|layer| &layer.weight).collect();
+        let weight = Tensor::cat(&weights, 0)?;
+        let mut start = 0;
+        let mut stacked = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let rows = layer.weight.dim(0)?;
+            layer.weight = weight.narrow(0, start, rows)?;
+            stacked.push((layer.path.clone(), layer.weight.clone()));
+            start += rows;
+        }
+        Ok(Some(StackedLinear { weight, layers: stacked }))
+    }
+
+    /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;
+    /// `None` where one of them cannot be merged into the weights (it is trainable), so that the layers have to run one
+    /// by one.
+    ///
+    /// # Errors
+    /// Those of [`ops::linear`].
+    pub fn forward(&self, x: &Tensor, loras: &Loras) -> Result<Option<Tensor>> {
+        if self.layers.iter().all(|(path, _)| loras.at(path).next().is_none()) {
+            return Ok(Some(ops::linear(x, &self.weight, None)?));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(weight) = self.merged(loras)? {
+            return Ok(Some(ops::linear(x, &weight, None)?));
+        }
+        Ok(None)
+    }
+
+    /// The stack with the LoRA layers added; `None` where a layer has several, or a trainable one.
+    #[cfg(feature = "cuda")]
+    fn merged(&self, loras: &Loras) -> Result<Option<Tensor>> {
+        let mut parts = Vec::with_capacity(self.layers.len());
+        for (path, weight) in &self.layers {
+            let mut found = loras.at(path);
+            let part = match (found.next(), found.next()) {
+                (None, _) => None,
+                (Some((layer, scale)), None) => match layer.mergeable(weight)? {
+                    Some((up, down)) => Some((up, down, scale * layer.scale)),
+                    None => return Ok(None),
+                },
+                _ => return Ok(None),
+            };
+            parts.push((weight, part));
+        }
+        let parts: Vec<_> = parts
+            .iter()
+            .map(|(weight, part)| (*weight, part.as_ref().map(|(up, down, scale)| (up, down, *scale))))
+            .collect();
+        crate::cuda::stack_low_rank(&self.weight, &parts).map(Some)
+    }
+}
