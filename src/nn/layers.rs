@@ -10,6 +10,8 @@ use candle_core::{D, Tensor};
 
 use super::lora::{LoraLayer, Loras};
 use super::{Init, Weights};
+#[cfg(feature = "cuda")]
+use crate::ops::lora_factors::Factors;
 use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
 
@@ -64,6 +66,12 @@ impl Linear {
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
         for (layer, scale) in adapted.rest {
+            #[cfg(feature = "cuda")]
+            if let Some(low_rank) = layer.factors(scale) {
+                let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
+                y = super::stacked::add_low_rank(x, &y, &[factors])?;
+                continue;
+            }
             y = layer.add_linear(x, scale, &y)?;
         }
         Ok(y)

@@ -6,6 +6,16 @@ use super::layers::Linear;
 use super::lora::Loras;
 use crate::Result;
 use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::ops::lora_factors::{Factors, lora_factors};
+
+/// `y` plus the low-rank updates, from `x`, of the layers whose outputs lie side by side in `y`.
+#[cfg(feature = "cuda")]
+pub(super) fn add_low_rank(x: &Tensor, y: &Tensor, factors: &[Factors<'_>]) -> Result<Tensor> {
+    let (down, up) = lora_factors(factors, x.dtype())?;
+    let low = ops::linear(x, &down, None)?;
+    ops::linear_with(&low, &up, &ops::Addends { residual: Some(y), ..ops::Addends::default() })
+}
 
 /// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
 /// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
@@ -43,8 +53,7 @@ impl StackedLinear {
     }
 
     /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;
-    /// `None` where one of them cannot be merged into the weights (it is trainable), so that the layers have to run one
-    /// by one.
+    /// `None` where a layer has several, or of a kind that the layers have to run one by one.
     ///
     /// # Errors
     /// Those of [`ops::linear`].
@@ -56,7 +65,28 @@ impl StackedLinear {
         if let Some(weight) = self.merged(loras)? {
             return Ok(Some(ops::linear(x, &weight, None)?));
         }
+        #[cfg(feature = "cuda")]
+        if let Some(factors) = self.factors(loras) {
+            return add_low_rank(x, &ops::linear(x, &self.weight, None)?, &factors).map(Some);
+        }
         Ok(None)
+    }
+
+    /// The factors of the layers; `None` where a layer has several sets, or factors of another kind than
+    /// [`add_low_rank`] takes.
+    #[cfg(feature = "cuda")]
+    fn factors<'a>(&'a self, loras: &'a Loras) -> Option<Vec<Factors<'a>>> {
+        let mut factors = Vec::with_capacity(self.layers.len());
+        for (path, weight) in &self.layers {
+            let mut found = loras.at(path);
+            let low_rank = match (found.next(), found.next()) {
+                (None, _) => None,
+                (Some((layer, scale)), None) => Some(layer.factors(scale)?),
+                _ => return None,
+            };
+            factors.push(Factors { output: weight.dims()[0], low_rank });
+        }
+        Some(factors)
     }
 
     /// The stack with the LoRA layers added; `None` where a layer has several, or a trainable one.
