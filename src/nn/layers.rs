@@ -63,15 +63,16 @@ impl Linear {
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
         let adapted = Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
+        #[cfg(feature = "cuda")]
+        if let ([(layer, scale)], false) = (&adapted.rest[..], self.weight.track_op())
+            && let Some(low_rank) = layer.factors(*scale)
+        {
+            let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
+            return super::stacked::linear_adapted(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
+        }
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
         for (layer, scale) in adapted.rest {
-            #[cfg(feature = "cuda")]
-            if let Some(low_rank) = layer.factors(scale) {
-                let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
-                y = super::stacked::add_low_rank(x, &y, &[factors])?;
-                continue;
-            }
             y = layer.add_linear(x, scale, &y)?;
         }
         Ok(y)

@@ -7,14 +7,20 @@ use super::lora::Loras;
 use crate::Result;
 use crate::ops;
 #[cfg(feature = "cuda")]
+use crate::ops::lora_factors::linear::linear_low_rank;
+#[cfg(feature = "cuda")]
 use crate::ops::lora_factors::{Factors, lora_factors};
 
-/// `y` plus the low-rank updates, from `x`, of the layers whose outputs lie side by side in `y`.
+/// Frozen layers whose weights lie one after the other, with the low-rank updates of those that have one.
 #[cfg(feature = "cuda")]
-pub(super) fn add_low_rank(x: &Tensor, y: &Tensor, factors: &[Factors<'_>]) -> Result<Tensor> {
+pub(super) fn linear_adapted(
+    x: &Tensor,
+    weight: &Tensor,
+    addends: (Option<&Tensor>, Option<&Tensor>),
+    factors: &[Factors<'_>],
+) -> Result<Tensor> {
     let (down, up) = lora_factors(factors, x.dtype())?;
-    let low = ops::linear(x, &down, None)?;
-    ops::linear_with(&low, &up, &ops::Addends { residual: Some(y), ..ops::Addends::default() })
+    linear_low_rank(x, weight, addends, (&down, &up))
 }
 
 /// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
@@ -67,13 +73,13 @@ impl StackedLinear {
         }
         #[cfg(feature = "cuda")]
         if let Some(factors) = self.factors(loras) {
-            return add_low_rank(x, &ops::linear(x, &self.weight, None)?, &factors).map(Some);
+            return linear_adapted(x, &self.weight, (None, None), &factors).map(Some);
         }
         Ok(None)
     }
 
     /// The factors of the layers; `None` where a layer has several sets, or factors of another kind than
-    /// [`add_low_rank`] takes.
+    /// [`lora_factors`] takes.
     #[cfg(feature = "cuda")]
     fn factors<'a>(&'a self, loras: &'a Loras) -> Option<Vec<Factors<'a>>> {
         let mut factors = Vec::with_capacity(self.layers.len());

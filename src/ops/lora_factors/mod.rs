@@ -8,6 +8,8 @@ use std::ffi::c_void;
 
 use candle_core::{DType, Tensor};
 
+pub(crate) mod linear;
+
 use crate::autograd::{Backward, Forward, Function, Value, apply_many};
 use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream};
 use crate::{Error, Result};
