@@ -3,20 +3,24 @@
 //! Needs the feature `cuda` and a GPU; without one every test says that it was skipped.
 #![cfg(feature = "cuda")]
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Device, Tensor, Var};
 use lcm_lookahead::ops::{self, Activation, Addends, Mask};
 use lcm_lookahead::random::Address;
 use lcm_lookahead::{Result, cuda};
 
-/// The GPU, or `None` and a line that says why the test was skipped.
+/// The GPU, or `None` and a line that says why the test was skipped. One device for all tests: matrix products are planned
+/// once a device.
 fn gpu() -> Option<Device> {
-    match cuda::open(0) {
+    static DEVICE: LazyLock<Option<Device>> = LazyLock::new(|| match cuda::open(0) {
         Ok(device) => Some(device),
         Err(reason) => {
             eprintln!("skipped: {reason}");
             None
         }
-    }
+    });
+    DEVICE.clone()
 }
 
 fn random(purpose: &'static str, shape: &[usize]) -> Tensor {
@@ -72,7 +76,7 @@ fn compare(name: &str, inputs: &[Tensor], function: impl Fn(&[Tensor]) -> Result
 
 #[test]
 fn linear_equals_the_cpu() -> Result<()> {
-    for (rows, inner, out) in [(7, 12, 20), (130, 64, 96), (1, 320, 1280)] {
+    for (rows, inner, out) in [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272)] {
         let inputs = [random("x", &[2, rows, inner]), random("w", &[out, inner]), random("b", &[out])];
         compare(&format!("linear {rows} {inner} {out}"), &inputs, |t| ops::linear(&t[0], &t[1], Some(&t[2])))?;
     }
@@ -88,6 +92,10 @@ fn convolution_equals_the_cpu() -> Result<()> {
         (12, 4, 32, 3, 1),
         (8, 32, 4, 3, 1),
         (8, 64, 32, 1, 1),
+        (8, 272, 272, 3, 1),
+        (8, 16, 272, 3, 1),
+        (9, 272, 24, 3, 2),
+        (8, 272, 272, 1, 1),
     ] {
         let shape = [2, size, size + 4, input];
         let weight = random("w", &[output, kernel, kernel, input]);
@@ -242,9 +250,14 @@ fn residual_and_norm_equal_the_cpu() -> Result<()> {
 
 #[test]
 fn normalisations_equal_the_cpu() -> Result<()> {
-    for (channels, groups, activation) in
-        [(32, 8, Activation::Silu), (320, 32, Activation::Silu), (12, 3, Activation::None), (80, 8, Activation::Silu)]
-    {
+    for (channels, groups, activation) in [
+        (32, 8, Activation::Silu),
+        (320, 32, Activation::Silu),
+        (12, 3, Activation::None),
+        (80, 8, Activation::Silu),
+        (272, 16, Activation::Silu),
+        (272, 16, Activation::None),
+    ] {
         let x = (random("x", &[2, 9, 7, channels]) + 3.0)?;
         let inputs = [x, random("w", &[channels]), random("b", &[channels])];
         compare(&format!("group_norm {channels}/{groups} {activation:?}"), &inputs, |t| {
