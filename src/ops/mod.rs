@@ -1,10 +1,10 @@
 //! Differentiable operations that candle lacks, or whose gradient it cuts: one folder an operation.
 //!
 //! All take and return channels-last tensors: images `(batch, height, width, channels)`, tokens
-//! `(batch, tokens, channels)`, so an image is a token matrix and back by a reshape. All work in f32 and f64 on
-//! the CPU, in f32, bf16 and f16 on a GPU (feature `cuda`), compute exact gradients, and compute them only for the
-//! arguments that are part of a graph: a weight that is a plain tensor
-//! is frozen, is captured by the operation and costs neither gradient nor time in the backward pass.
+//! `(batch, tokens, channels)`, so an image is a token matrix and back by a reshape. All work in f32 and f64 on the CPU, and
+//! in f32, bf16 and f16 on a GPU (feature `cuda`). They compute exact gradients, and only for the arguments that are part
+//! of a graph: a weight that is a plain tensor is frozen, is captured by the operation and costs neither gradient nor
+//! time in the backward pass.
 
 mod activation;
 mod addends;
@@ -12,7 +12,6 @@ mod attention;
 mod channel_affine;
 mod channels;
 mod conv2d;
-
 mod depthwise_conv2d;
 mod elementwise;
 mod geglu;
@@ -32,9 +31,8 @@ mod warp_affine;
 pub use activation::{Activation, activation};
 pub use addends::Addends;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
-pub use conv2d::{conv2d, conv2d_with};
-
 pub use channel_affine::channel_affine;
+pub use conv2d::{conv2d, conv2d_with};
 pub use depthwise_conv2d::depthwise_conv2d;
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
