@@ -360,9 +360,12 @@ pub(crate) fn add_low_rank(weight: &Tensor, up: &Tensor, down: &Tensor, scale: f
     stack_low_rank(weight, &[(weight, Some((up, down, scale)))])
 }
 
+/// A part of a weight, and the `up`, `down` and scale of what is added to it.
+pub(crate) type LowRankPart<'a> = (&'a Tensor, Option<(&'a Tensor, &'a Tensor, f64)>);
+
 /// The parts of a weight, which lie one after the other in it, each with its `scale * up . down` added where it has one;
 /// in fresh memory.
-pub(crate) fn stack_low_rank(whole: &Tensor, parts: &[(&Tensor, Option<(&Tensor, &Tensor, f64)>)]) -> Result<Tensor> {
+pub(crate) fn stack_low_rank(whole: &Tensor, parts: &[LowRankPart<'_>]) -> Result<Tensor> {
     let name = "merging a LoRA";
     let device = cuda_device(name, whole)?;
     let merged = Buffer::like(name, whole)?;

@@ -10,19 +10,23 @@ mod optimizer;
 mod sampling;
 mod training;
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Device, Tensor};
 use lcm_lookahead::cuda;
 use lcm_lookahead::random::Address;
 
-/// The GPU, or `None` and a line that says why the test was skipped.
+/// The GPU, or `None` and a line that says why the test was skipped. One device for all tests: matrix products are planned
+/// once a device.
 fn gpu() -> Option<Device> {
-    match cuda::open(0) {
+    static DEVICE: LazyLock<Option<Device>> = LazyLock::new(|| match cuda::open(0) {
         Ok(device) => Some(device),
         Err(reason) => {
             eprintln!("skipped: {reason}");
             None
         }
-    }
+    });
+    DEVICE.clone()
 }
 
 fn random(purpose: &'static str, shape: &[usize]) -> Tensor {

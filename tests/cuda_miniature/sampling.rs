@@ -65,7 +65,7 @@ fn pictures_equal_those_of_the_cpu() -> Result<()> {
         for (dtype, limit) in [(DType::F32, 1e-3), (DType::BF16, 1e-1)] {
             let difference = mean_difference(&picture(dtype, &device, &options, kv)?, &expected);
             println!("{} {:?} kv {kv} {dtype:?}: mean difference {difference:.2e}", options.sampler, options.guidance);
-            if !(difference < limit) {
+            if !difference.lt(&limit) {
                 failures.push(format!("{} kv {kv} {dtype:?}: {difference:.2e}, limit {limit:.0e}", options.sampler));
             }
         }

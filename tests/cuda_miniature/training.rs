@@ -107,7 +107,7 @@ fn losses_and_gradients_of_a_joint_step_equal_the_cpu() -> Result<()> {
             let (d, n) = squares(found, expected);
             (difference, norm) = (difference + d, norm + n);
             let error = error(found, expected);
-            if !(error <= worst.0) {
+            if !error.le(&worst.0) {
                 worst = (error, name.clone());
             }
         }
@@ -118,7 +118,7 @@ fn losses_and_gradients_of_a_joint_step_equal_the_cpu() -> Result<()> {
             worst.0, worst.1
         );
         let gradient = if dtype == DType::F32 { worst.0 } else { whole };
-        if !(diffusion < loss_limit && identity < loss_limit && gradient < loss_limit) {
+        if ![diffusion, identity, gradient].iter().all(|error| error.lt(&loss_limit)) {
             failures.push(format!("{dtype:?}, recompute {recompute}: {diffusion:.2e} {identity:.2e} {gradient:.2e}"));
         }
     }
