@@ -202,6 +202,7 @@ enum Packing {
 struct Attention {
     heads: usize,
     mask: Mask,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU takes packed tensors apart"))]
     packing: Packing,
     /// Which samples see the reference; all, where there are no flags.
     sees_reference: Option<Arc<[bool]>>,
