@@ -91,6 +91,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// A file of the hub is not on this machine and could not be had, or is not what the hub announced.
+    #[error("{repository}: `{file}`: {reason}")]
+    Hub {
+        /// Owner and name of the repository.
+        repository: String,
+        /// The file's path in it.
+        file: String,
+        /// What was tried, what went wrong, and what would help.
+        reason: String,
+    },
+
     /// Training reached a state from which it must not go on (a loss that is not finite, no usable sample left ...).
     #[error("training stopped at step {step}: {reason}")]
     Training {

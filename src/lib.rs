@@ -49,6 +49,8 @@
 //! | [`lookahead`] | the paper, equation by equation: encoder, preview, image losses, LoRA re-scaling |
 //! | [`train`] | [`Trainer`], [`TrainConfig`] with its presets, optimizer, checkpoints, metrics |
 //! | [`personalize`] | [`Personalizer`]: sampling with the encoder's conditions, and their guidance |
+//! | [`formats`] | published files of every kind: reading them, and writing them |
+//! | [`hub`] | which weights come from where; getting them, or finding them offline |
 //! | [`data`] | data sets on disk, pairs of one identity, prompts, reading and writing pictures |
 //! | [`mini`] | the miniature's weights, how they were trained, and its procedural portraits |
 //! | [`models`] | networks, tensors named as in their published checkpoints; roles that yours can fill |
@@ -71,6 +73,8 @@ pub mod autograd;
 pub mod data;
 mod error;
 pub mod face;
+pub mod formats;
+pub mod hub;
 pub mod lookahead;
 pub mod mini;
 pub mod models;

@@ -6,6 +6,14 @@ use super::unet::{KeyValues, UNet};
 use crate::Result;
 use crate::nn::{Linear, Weights};
 
+/// The names of a U-Net's transformer blocks in the order in which diffusers registers them, down, up, middle: the n-th,
+/// counted from 0, has the number 2n + 1 in IP-Adapter's files.
+pub fn block_order(unet: &UNet) -> Vec<String> {
+    let (middle, others): (Vec<_>, Vec<_>) =
+        unet.block_names().into_iter().partition(|name| name.starts_with("mid_block"));
+    others.into_iter().chain(middle).collect()
+}
+
 /// The projections `to_k_ip` and `to_v_ip` of every transformer block.
 ///
 /// Tensors are named as IP-Adapter names them, `<n>.to_k_ip.weight` and `<n>.to_v_ip.weight`, with n = 1, 3, 5, ...
@@ -22,10 +30,8 @@ impl IpAdapter {
     /// [`crate::Error::Tensor`] for a missing or misshapen tensor.
     pub fn load(unet: &UNet, weights: &Weights) -> Result<Self> {
         let config = unet.config();
-        let names = unet.block_names();
-        let (middle, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with("mid_block"));
         let mut projections = Vec::new();
-        for (i, name) in others.into_iter().chain(middle).enumerate() {
+        for (i, name) in block_order(unet).into_iter().enumerate() {
             let channels = config.block_channels(&name);
             let at = weights.pp(2 * i + 1);
             let load = |which| Linear::load(config.cross_attention_dim, channels, false, &at.pp(which));

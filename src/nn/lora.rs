@@ -16,13 +16,13 @@ use crate::{Error, Result};
 /// The LoRA of one layer: `scale * up(down(x))`.
 #[derive(Clone, Debug)]
 pub struct LoraLayer {
-    path: String,
+    pub(super) path: String,
     /// Linear `(rank, input)`, or convolution in the order `(rank, kernel, kernel, input)`.
-    down: Tensor,
+    pub(super) down: Tensor,
     /// Linear `(output, rank)`, or convolution `(output, 1, 1, rank)`.
-    up: Tensor,
+    pub(super) up: Tensor,
     /// alpha / rank.
-    scale: f64,
+    pub(super) scale: f64,
 }
 
 impl LoraLayer {
@@ -54,7 +54,7 @@ impl LoraLayer {
 /// A set of LoRA layers for one base model, by the path of the layer each belongs to. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct LoraSet {
-    layers: Arc<HashMap<String, LoraLayer>>,
+    pub(super) layers: Arc<HashMap<String, LoraLayer>>,
 }
 
 impl LoraSet {

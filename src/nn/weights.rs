@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::Parameters;
+use crate::formats::TensorFile;
 use crate::random::Address;
 use crate::{Error, Result};
 
@@ -26,6 +27,7 @@ pub enum Init {
 #[derive(Debug)]
 enum Source {
     Frozen { name: String, tensors: HashMap<String, Tensor> },
+    File { file: TensorFile, dtype: DType, device: Device },
     Trainable { parameters: Parameters, seed: u64, dtype: DType, device: Device },
     Shapes { seen: Mutex<BTreeMap<String, Vec<usize>>> },
 }
@@ -47,14 +49,18 @@ impl Weights {
         Self::root(Source::Frozen { name: name.into(), tensors })
     }
 
-    /// Frozen weights from a safetensors file, converted to `dtype`.
+    /// Frozen weights from a file in any format that [`TensorFile::open`] reads, converted to `dtype`.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be read, [`Error::Format`] where it is cut off or no safetensors file.
+    /// Those of [`TensorFile::open`].
     pub fn from_safetensors(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        Self::from_safetensors_bytes(&path.display().to_string(), &bytes, dtype, device)
+        Ok(Self::from_file(TensorFile::open(path)?, dtype, device))
+    }
+
+    /// Frozen weights from an open file. Each tensor is read when a layer asks for it, and converted to `dtype`, so
+    /// that memory never holds more than the layers that are loaded and one tensor.
+    pub fn from_file(file: TensorFile, dtype: DType, device: &Device) -> Self {
+        Self::root(Source::File { file, dtype, device: device.clone() })
     }
 
     /// Frozen weights from the bytes of a safetensors file, converted to `dtype`.
@@ -125,6 +131,7 @@ impl Weights {
     pub fn contains(&self, name: &str) -> bool {
         match &*self.source {
             Source::Frozen { tensors, .. } => tensors.contains_key(&self.full_name(name)),
+            Source::File { file, .. } => file.info(&self.full_name(name)).is_some(),
             _ => true,
         }
     }
@@ -153,6 +160,17 @@ impl Weights {
                 Some(tensor) => check(name, tensor.detach()),
                 None => Err(mismatch(name, "nothing".into())),
             },
+            Source::File { file, dtype, device } => {
+                match file.info(&full) {
+                    Some(info) if info.shape == shape.dims() => {}
+                    found => {
+                        let found = found.map_or("nothing".into(), |info| format!("shape {:?}", info.shape));
+                        return Err(file.fault(&full, format!("shape {:?}", shape.dims()), found));
+                    }
+                }
+                let tensor = file.load(&full, device)?;
+                Ok(if tensor.dtype().is_float() { tensor.to_dtype(*dtype)? } else { tensor })
+            }
             Source::Trainable { parameters, seed, dtype, device } => {
                 if let Some(variable) = parameters.get(&full) {
                     return check("the model's parameters", variable.as_tensor().clone());
@@ -175,7 +193,7 @@ impl Weights {
         let weight = self.get((out, inner, kernel, kernel), name, init)?.permute((0, 2, 3, 1))?;
         match &*self.source {
             // Frozen weights are reordered once; a variable's view is reordered when used, as its values change.
-            Source::Frozen { .. } => Ok(weight.contiguous()?),
+            Source::Frozen { .. } | Source::File { .. } => Ok(weight.contiguous()?),
             _ => Ok(weight),
         }
     }
