@@ -187,7 +187,8 @@ fn configuration(arguments: &Arguments, from: Option<&Path>) -> anyhow::Result<T
 fn start_with_branch(config: &mut TrainConfig, adapter: &AdapterInit) {
     let rank = |set: &str| {
         let prefix = format!("kv_encoder.{set}.");
-        let down = adapter.tensors.iter().find(|(name, _)| name.starts_with(&prefix) && name.ends_with("lora_A.weight"));
+        let down =
+            adapter.tensors.iter().find(|(name, _)| name.starts_with(&prefix) && name.ends_with("lora_A.weight"));
         down.and_then(|(_, tensor)| tensor.dims().first().copied())
     };
     let (encoder, export) = (rank("encoder"), rank("export"));

@@ -45,7 +45,7 @@ fn sentence(error: &anyhow::Error) -> String {
 pub enum Model {
     /// The miniature that is part of the crate: 128 pixels, procedural portraits
     Mini,
-    /// SDXL from its published files, which are downloaded (12 GB) where they are not on this machine
+    /// SDXL from its published files, which are downloaded (11 GB) where they are not on this machine
     Sdxl,
 }
 

@@ -124,7 +124,8 @@ mod tests {
     fn saved(folder: &Path, load: impl Fn(&Weights) -> Result<()>) -> Result<std::path::PathBuf> {
         let weights = Weights::shapes_only();
         load(&weights)?;
-        let zeros = |(name, shape)| Ok((name, candle_core::Tensor::zeros::<Vec<usize>>(shape, DType::F32, &Device::Cpu)?));
+        let zeros =
+            |(name, shape)| Ok((name, candle_core::Tensor::zeros::<Vec<usize>>(shape, DType::F32, &Device::Cpu)?));
         let path = folder.join("network.safetensors");
         let tensors = weights.shapes().into_iter().map(zeros).collect::<Result<_>>()?;
         super::super::write_safetensors(&path, &tensors, &Default::default())?;

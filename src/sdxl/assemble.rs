@@ -69,13 +69,20 @@ impl Base {
         let resolution = resolution(files, &json, autoencoder.factor())?;
         let fits = [
             ("cross_attention_dim", config.cross_attention_dim, text_width(&text_encoder), "the text encoders"),
-            ("projection_class_embeddings_input_dim", config.pooled_dim, pooled_width(&text_encoder), "the second text encoder (its pooled embedding)"),
+            (
+                "projection_class_embeddings_input_dim",
+                config.pooled_dim,
+                pooled_width(&text_encoder),
+                "the second text encoder (its pooled embedding)",
+            ),
             ("in_channels", config.in_channels, autoencoder.config().latent_channels, "the autoencoder"),
             ("in_channels", config.in_channels, preview_decoder.config().latent_channels, "the preview decoder"),
         ];
         for (field, asked, given, by) in fits {
             if asked != given {
-                return Err(json.fault(field, format!("a value that asks for what comes from {by}, {given} and not {asked}")));
+                return Err(
+                    json.fault(field, format!("a value that asks for what comes from {by}, {given} and not {asked}"))
+                );
             }
         }
         if LatentEncoder::factor(&preview_decoder) != autoencoder.factor() {

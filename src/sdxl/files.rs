@@ -85,8 +85,10 @@ impl SdxlFiles {
             hub.file(repository, file).map_err(|error| match error {
                 Error::Hub { repository, file, reason } => {
                     let rest = &finder.missing[i + 1..];
-                    let more: Vec<String> = rest.iter().map(|(repository, file)| format!("{repository}/{file}")).collect();
-                    let more = if more.is_empty() { String::new() } else { format!("; also missing: {}", more.join(", ")) };
+                    let more: Vec<String> =
+                        rest.iter().map(|(repository, file)| format!("{repository}/{file}")).collect();
+                    let more =
+                        if more.is_empty() { String::new() } else { format!("; also missing: {}", more.join(", ")) };
                     Error::Hub { repository, file, reason: reason + &more }
                 }
                 other => other,
@@ -169,7 +171,9 @@ impl Finder<'_> {
     /// A file, a component's folder, or (for an empty name) the folder of a whole repository. In the folder that the
     /// user named, a component may have other weights than the published ones (in full precision, or sharded).
     fn component(&mut self, id: &str, component: &str) -> Result<PathBuf> {
-        if let Some(path) = self.hub.in_weights_folder(id, component).filter(|path| path.is_file() || holds_weights(path)) {
+        if let Some(path) =
+            self.hub.in_weights_folder(id, component).filter(|path| path.is_file() || holds_weights(path))
+        {
             return Ok(path);
         }
         let known = repository(id).ok_or_else(|| Error::argument("SdxlFiles", "repository", "a known one", id))?;
@@ -197,6 +201,9 @@ fn holds_weights(folder: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else { return false };
     entries.flatten().any(|entry| {
         let path = entry.path();
-        path.is_file() && path.extension().is_some_and(|extension| ["safetensors", "bin", "json", "txt"].iter().any(|known| extension == *known))
+        path.is_file()
+            && path
+                .extension()
+                .is_some_and(|extension| ["safetensors", "bin", "json", "txt"].iter().any(|known| extension == *known))
     })
 }

@@ -67,5 +67,9 @@ fn the_reference_the_text_and_the_lcm_lora_all_show_in_the_picture() -> Result<(
 fn write_the_noise() -> Result<()> {
     let noise = Address::new(0, "initial noise").normal_batch(2, (4, 8, 8), DType::F32, &Device::Cpu)?;
     let tensors = [("noise".to_string(), noise)].into();
-    Ok(lcm_lookahead::formats::write_safetensors(fixture("sdxl_small/noise.safetensors"), &tensors, &Default::default())?)
+    Ok(lcm_lookahead::formats::write_safetensors(
+        fixture("sdxl_small/noise.safetensors"),
+        &tensors,
+        &Default::default(),
+    )?)
 }

@@ -31,7 +31,8 @@ fn small_base(layout: &Layout) -> Result<(Base, SdxlFiles)> {
     let mut tensors = BTreeMap::new();
     for (i, (name, shape)) in UNet::shapes(&config)?.into_iter().enumerate() {
         let Some(path) = name.strip_suffix(".weight").filter(|path| path.ends_with(".to_q")) else { continue };
-        let random = |shape: (usize, usize), half| Address::new(3, half).sample(i).normal(shape, DType::F32, &Device::Cpu);
+        let random =
+            |shape: (usize, usize), half| Address::new(3, half).sample(i).normal(shape, DType::F32, &Device::Cpu);
         tensors.insert(format!("{path}.lora_A.weight"), random((2, shape[1]), "down")?);
         tensors.insert(format!("{path}.lora_B.weight"), random((shape[0], 2), "up")?);
     }

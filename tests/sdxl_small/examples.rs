@@ -23,7 +23,11 @@ fn program(name: &str) -> Option<PathBuf> {
 
 fn run(program: &Path, layout: &Layout, variables: &[(&str, &str)], arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(program);
-    command.current_dir(layout.path()).env("HF_HOME", layout.path().join("home")).args(["--model", "sdxl"]).args(arguments);
+    command
+        .current_dir(layout.path())
+        .env("HF_HOME", layout.path().join("home"))
+        .args(["--model", "sdxl"])
+        .args(arguments);
     for name in ["HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"] {
         command.env_remove(name);
     }
@@ -53,7 +57,20 @@ fn personalize_and_train_are_one_command_each() -> Result<()> {
     // From a folder, without network.
     portraits(&layout.path().join("data"), 2, 2)?;
     let offline = [("HF_HUB_OFFLINE", "1"), ("HF_HOME", "nowhere")];
-    let few = ["--weights", "weights", "--data", "data", "--out", "run", "--steps", "2", "--batch", "2", "--validate-every", "0"];
+    let few = [
+        "--weights",
+        "weights",
+        "--data",
+        "data",
+        "--out",
+        "run",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--validate-every",
+        "0",
+    ];
     let output = run(&train, &layout, &offline, &[&few[..], &identity].concat())?;
     ensure!(output.status.success(), "{}", text(&output));
     ensure!(layout.path().join("run/checkpoint-2/state.json").is_file(), "{}", text(&output));

@@ -11,9 +11,9 @@ mod server;
 
 use anyhow::Result;
 use candle_core::{DType, Device};
+use layout::Layout;
 use lcm_lookahead::Base;
 use lcm_lookahead::sdxl::SdxlFiles;
-use layout::Layout;
 
 /// The tiny SDXL and its files.
 fn base(layout: &Layout, dtype: DType) -> Result<(Base, SdxlFiles)> {
