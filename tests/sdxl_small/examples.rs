@@ -82,7 +82,8 @@ fn personalize_and_train_are_one_command_each() -> Result<()> {
     // What is missing, or not possible here, is one sentence.
     for (arguments, said) in [
         (vec!["--weights", "weights"], "opencv/face_recognition_sface"),
-        (vec!["--weights", "nowhere"], "stabilityai/stable-diffusion-xl-base-1.0"),
+        (vec!["--weights", "nowhere"], "--weights nowhere: no such folder"),
+        (vec![], "stabilityai/stable-diffusion-xl-base-1.0"),
         ([&["--weights", "weights", "--dtype", "bf16"][..], &identity].concat(), "expected one of [F32, F64]"),
     ] {
         let output = run(&personalize, &layout, &offline, &arguments)?;
