@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,12 @@ use image::imageops::FilterType;
 use image::{DynamicImage, RgbImage};
 use indicatif::ProgressBar;
 use lcm_lookahead::data::{Crop, load_image, resize_and_crop, save_png, to_tensor};
+use lcm_lookahead::formats::EncoderFile;
 use lcm_lookahead::models::unet::FreeU;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::{AdapterInit, ContactSheet, checkpoint};
 use lcm_lookahead::{Base, Guidance, Personalizer, SamplerKind};
-use support::{Compute, Model};
+use support::{Model, ModelArguments};
 
 /// The portrait that is drawn where no `--image` is given.
 const PORTRAIT: &[u8] = include_bytes!("../assets/portrait.png");
@@ -36,6 +37,7 @@ Examples:
   cargo run --release --example personalize
   cargo run --release --example personalize -- --image me.png --prompt \"an oil painting of a face\"
   cargo run --release --example personalize -- --checkpoint out/train --sampler lcm
+  cargo run --release --example personalize -- --model sdxl --image me.png --weights DIR
 
 The miniature knows procedural portraits, its own training data; real photographs are foreign to it. Its prompts
 are short: \"a mosaic of a face in space\".")]
@@ -49,15 +51,12 @@ struct Arguments {
     /// Folder for the pictures.
     #[arg(long, value_name = "DIR", default_value = "out/personalize")]
     out: PathBuf,
-    /// Encoder of your own: a run folder of the train example, or one of its checkpoint folders [default: the
-    /// pretrained adapter of the model]
-    #[arg(long, value_name = "FOLDER")]
+    /// Encoder: a run folder of the train example or one of its checkpoint folders; for SDXL also a published encoder's
+    /// folder or the checkpoint that the paper's authors released [default: the pretrained adapter of the model]
+    #[arg(long, value_name = "PATH")]
     checkpoint: Option<PathBuf>,
-    /// The networks to draw with.
-    #[arg(long, value_enum, default_value = "mini")]
-    model: Model,
     #[command(flatten)]
-    compute: Compute,
+    model: ModelArguments,
     /// Seed of the noise the pictures start from.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -94,14 +93,22 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Some(path) => load_image(path)?,
         None => image::load_from_memory(PORTRAIT)?.into_rgb8(),
     };
-    let (base, AdapterInit { resampler, tensors }) = arguments.model.load(&arguments.compute)?;
+    let (base, AdapterInit { resampler, tensors }) = arguments.model.load()?;
     warn_without_face(&base, &photograph)?;
     let personalizer = match &arguments.checkpoint {
-        Some(folder) => {
-            if checkpoint::latest(folder)?.is_none() && !folder.join("state.json").exists() {
-                bail!("{}: neither a checkpoint of the train example nor a folder that holds one", folder.display());
-            }
-            Personalizer::from_checkpoint(base, &resampler, folder)?
+        Some(path) if is_run(path)? => Personalizer::from_checkpoint(base, &resampler, path)?,
+        Some(path) if arguments.model.model == Model::Sdxl => {
+            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            Personalizer::from_encoder(base, &encoder)?
+        }
+        Some(path) => {
+            bail!("{}: neither a checkpoint of the train example nor a folder that holds one", path.display())
+        }
+        // An adapter may bring a KV branch along.
+        None if tensors.keys().any(|name| name.starts_with("kv_encoder.")) => {
+            let path = arguments.model.adapter.as_deref().unwrap_or(Path::new(""));
+            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            Personalizer::from_encoder(base, &encoder)?
         }
         None => Personalizer::from_adapter(base, &resampler, tensors)?,
     };
@@ -130,6 +137,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let count = if prompts.len() == 1 { "1 picture".to_string() } else { format!("{} pictures", prompts.len()) };
     println!("{count} in {seconds:.1} s. All on one sheet: {}", path.display());
     Ok(())
+}
+
+/// Whether a path is a run of the train example, or a checkpoint of one.
+fn is_run(path: &Path) -> anyhow::Result<bool> {
+    Ok(path.join("state.json").exists() || checkpoint::latest(path)?.is_some())
 }
 
 fn options(arguments: &Arguments, defaults: Options) -> anyhow::Result<Options> {

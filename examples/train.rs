@@ -9,9 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Parser;
 use lcm_lookahead::data::{DatasetConfig, FaceDataset, GenerateConfig, Source, generate_dataset};
-use lcm_lookahead::train::{Checkpoint, checkpoint};
+use lcm_lookahead::train::{AdapterInit, Checkpoint, checkpoint};
 use lcm_lookahead::{TrainConfig, Trainer};
-use support::{Compute, Model};
+use support::{Model, ModelArguments};
 
 const DEFAULT_DATA: &str = "out/data";
 
@@ -27,7 +27,8 @@ const DEFAULT_DATA: &str = "out/data";
 Examples:
   cargo run --release --example train
   cargo run --release --example train -- --data out/data --steps 300 --out out/train
-  cargo run --release --example train -- --data out/data --steps 600 --out out/train --resume")]
+  cargo run --release --example train -- --data out/data --steps 600 --out out/train --resume
+  cargo run --release --example train -- --model sdxl --data people --weights DIR --identity-network model_ir_se50.pth")]
 struct Arguments {
     /// Folder of the pictures: a folder for each person, or what generate_data writes. Without it a small data set of
     /// procedural portraits is made in out/data, once.
@@ -36,11 +37,8 @@ struct Arguments {
     /// Folder for checkpoints, metrics and validation pictures.
     #[arg(long, value_name = "DIR", default_value = "out/train")]
     out: PathBuf,
-    /// The networks to train for.
-    #[arg(long, value_enum, default_value = "mini")]
-    model: Model,
     #[command(flatten)]
-    compute: Compute,
+    model: ModelArguments,
     /// Go on from the latest checkpoint in the output folder; begin where there is none.
     #[arg(long, conflicts_with = "resume_from")]
     resume: bool,
@@ -55,7 +53,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Hyperparameters of what the file does not say: the paper's, those of the authors' code, or those for the
-    /// miniature [default: mini; when going on, those of the checkpoint]
+    /// miniature [default: mini, for SDXL paper; when going on, those of the checkpoint]
     #[arg(long, value_parser = TrainConfig::PRESETS)]
     preset: Option<String>,
     /// Length of the whole run in iterations, those before --resume included.
@@ -82,7 +80,10 @@ struct Arguments {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let (base, adapter) = arguments.model.load(&arguments.compute)?;
+    if arguments.model.model == Model::Sdxl && arguments.data.is_none() {
+        bail!("--model sdxl: needs --data, a folder of pictures of people");
+    }
+    let (base, adapter) = arguments.model.load()?;
     let from = match &arguments.resume_from {
         Some(folder) => Some(folder.clone()),
         None => prepare_output(&arguments)?,
@@ -90,6 +91,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut config = configuration(&arguments, from.as_deref())?;
     // A base works at one resolution; presets are written for SDXL's.
     config.data.resolution = base.resolution;
+    start_with_branch(&mut config, &adapter);
 
     let dataset = open_dataset(&arguments, &config)?;
     let found = dataset.report();
@@ -113,7 +115,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         let seconds = start.elapsed().as_secs_f64();
         println!("{} iterations in {seconds:.0} s", trainer.step() - first);
     }
-    print_results(&arguments.out)
+    print_results(&arguments.out, arguments.model.model)
 }
 
 /// Makes sure that nothing of an earlier run can be lost, and returns the checkpoint to go on from.
@@ -154,7 +156,10 @@ fn configuration(arguments: &Arguments, from: Option<&Path>) -> anyhow::Result<T
         (None, Some(folder)) => Some(Checkpoint::load(folder)?.config),
         (None, None) => None,
     };
-    let preset = preset.unwrap_or_else(TrainConfig::mini);
+    let preset = preset.unwrap_or_else(|| match arguments.model.model {
+        Model::Mini => TrainConfig::mini(),
+        Model::Sdxl => TrainConfig::paper(),
+    });
     let mut config = match &arguments.config {
         Some(file) => TrainConfig::from_toml_over(file, preset)?,
         None => preset,
@@ -178,6 +183,21 @@ fn configuration(arguments: &Arguments, from: Option<&Path>) -> anyhow::Result<T
     Ok(config)
 }
 
+/// An encoder to start from that has a KV branch says its ranks; all blocks are extended then.
+fn start_with_branch(config: &mut TrainConfig, adapter: &AdapterInit) {
+    let rank = |set: &str| {
+        let prefix = format!("kv_encoder.{set}.");
+        let down =
+            adapter.tensors.iter().find(|(name, _)| name.starts_with(&prefix) && name.ends_with("lora_A.weight"));
+        down.and_then(|(_, tensor)| tensor.dims().first().copied())
+    };
+    let (encoder, export) = (rank("encoder"), rank("export"));
+    if encoder.or(export).is_some() {
+        config.adapter.encoder_lora_rank = encoder.unwrap_or(0);
+        config.adapter.kv_lora_rank = export.unwrap_or(0);
+    }
+}
+
 fn open_dataset(arguments: &Arguments, config: &TrainConfig) -> anyhow::Result<FaceDataset> {
     let root = arguments.data.clone().unwrap_or_else(|| DEFAULT_DATA.into());
     if arguments.data.is_none() && !root.join("metadata.json").exists() {
@@ -196,7 +216,8 @@ fn open_dataset(arguments: &Arguments, config: &TrainConfig) -> anyhow::Result<F
     })?)
 }
 
-fn print_results(out: &Path) -> anyhow::Result<()> {
+fn print_results(out: &Path, model: Model) -> anyhow::Result<()> {
+    let model = if model == Model::Sdxl { "--model sdxl " } else { "" };
     if let Some(latest) = checkpoint::latest(out)? {
         println!("Checkpoint:          {}", latest.display());
     }
@@ -205,7 +226,7 @@ fn print_results(out: &Path) -> anyhow::Result<()> {
     if pictures.is_dir() {
         println!("Validation pictures: {}", pictures.display());
     }
-    println!("Next: cargo run --release --example personalize -- --checkpoint {}", out.display());
+    println!("Next: cargo run --release --example personalize -- {model}--checkpoint {}", out.display());
     Ok(())
 }
 

@@ -51,6 +51,7 @@
 //! | [`personalize`] | [`Personalizer`]: sampling with the encoder's conditions, and their guidance |
 //! | [`formats`] | published files of every kind: reading them, and writing them |
 //! | [`hub`] | which weights come from where; getting them, or finding them offline |
+//! | [`sdxl`] | the base put together from the published files of SDXL |
 //! | [`data`] | data sets on disk, pairs of one identity, prompts, reading and writing pictures |
 //! | [`mini`] | the miniature's weights, how they were trained, and its procedural portraits |
 //! | [`models`] | networks, tensors named as in their published checkpoints; roles that yours can fill |
@@ -85,6 +86,7 @@ pub mod ops;
 pub mod personalize;
 pub mod random;
 pub mod schedule;
+pub mod sdxl;
 pub mod train;
 
 pub use data::FaceDataset;

@@ -4,16 +4,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use lcm_lookahead::data::{load_image, to_tensor};
 use lcm_lookahead::face::{Landmarks, aligned_crop};
+use lcm_lookahead::formats::{TensorFile, faces};
 use lcm_lookahead::models::face_locator::FaceLocator;
 use lcm_lookahead::models::identity::IdentityNetwork;
 use lcm_lookahead::models::mobile_face_net::{self, MobileFaceNet};
-use lcm_lookahead::models::sface::{self, SFace};
-use lcm_lookahead::models::yunet::{self, YuNet};
+use lcm_lookahead::models::yunet::YuNet;
 use lcm_lookahead::nn::Weights;
 use lcm_lookahead::random::Address;
 
@@ -35,16 +36,20 @@ impl Assets {
     }
 
     fn weights(&self, network: &str, dtype: DType) -> Result<Weights> {
-        Ok(Weights::from_safetensors(self.0.join(format!("{network}.safetensors")), dtype, &Device::Cpu)?)
+        Ok(Weights::from_file(TensorFile::open(self.onnx(network))?, dtype, &Device::Cpu))
+    }
+
+    fn onnx(&self, network: &str) -> PathBuf {
+        self.0.join(format!("{network}.onnx"))
     }
 
     fn yunet(&self) -> Result<YuNet> {
-        Ok(YuNet::load(&yunet::Config::yunet(), &self.weights("yunet", DType::F32)?)?)
+        Ok(faces::yunet(self.onnx("yunet"), DType::F32, &Device::Cpu)?)
     }
 
-    fn identity_networks(&self) -> Result<[(&'static str, Box<dyn IdentityNetwork>); 2]> {
-        let sface = SFace::load(&sface::Config::sface(), &self.weights("sface", DType::F32)?)?;
-        Ok([("sface", Box::new(sface)), ("fr_feature", Box::new(self.mobile_face_net(DType::F32)?))])
+    fn identity_networks(&self) -> Result<[(&'static str, Arc<dyn IdentityNetwork>); 2]> {
+        let network = |name| faces::identity_network(self.onnx(name), DType::F32, &Device::Cpu);
+        Ok([("sface", network("sface")?), ("fr_feature", network("fr_feature")?)])
     }
 
     fn mobile_face_net(&self, dtype: DType) -> Result<MobileFaceNet> {

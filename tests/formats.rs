@@ -18,6 +18,8 @@ use lcm_lookahead::{Error, formats::StoredDtype};
 
 /// Both sides compute in f64, with the weights of the files.
 const RELATIVE: f64 = 1e-10;
+/// We compute in f32, diffusers in f64.
+const RELATIVE_F32: f64 = 1e-4;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/formats")).join(name)
@@ -42,6 +44,7 @@ fn assert_same(found: &BTreeMap<String, Tensor>, expected: &BTreeMap<String, Ten
 fn assert_close(name: &str, found: &Tensor, expected: &Tensor, relative: f64) -> Result<()> {
     let norm = |x: &Tensor| -> Result<f64> { Ok(x.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
     let error = norm(&(found - expected)?)? / norm(expected)?;
+    println!("{name}: relative error {error:.1e}");
     ensure!(error < relative, "{name}: relative error {error:e}");
     Ok(())
 }
@@ -55,9 +58,13 @@ fn config(base: &str) -> Result<unet::Config> {
 }
 
 fn unet_of(folder: &str, variant: Option<&str>) -> Result<UNet> {
+    unet_as(folder, variant, DType::F64)
+}
+
+fn unet_as(folder: &str, variant: Option<&str>, dtype: DType) -> Result<UNet> {
     let folder = Folder::open(fixture(folder), variant)?.component("unet")?;
     let config = unet_config(&folder.config()?)?;
-    Ok(UNet::load(&config, &folder.weights(&UNet::shapes(&config)?, DType::F64, &Device::Cpu)?)?)
+    Ok(UNet::load(&config, &folder.weights(&UNet::shapes(&config)?, dtype, &Device::Cpu)?)?)
 }
 
 fn run(unet: &UNet, pass: &Pass) -> Result<Tensor> {
@@ -89,6 +96,24 @@ fn a_unet_in_one_file_and_in_shards_computes_what_diffusers_does() -> Result<()>
     let expected = &outputs()?["plain"];
     for (folder, variant) in [("base", None), ("base", Some("fp16")), ("sharded", Some("fp16")), ("sharded", None)] {
         assert_close(folder, &run(&unet_of(folder, variant)?, &Pass::default())?, expected, RELATIVE)?;
+    }
+    // In f32, with a LoRA, an adapter's image tokens and nothing but text.
+    let (unet, given) = (unet_as("base", None, DType::F32)?, outputs()?);
+    let f32 = |name: &str| given[name].to_dtype(DType::F32);
+    let conditioning = Conditioning::square(f32("text")?, f32("pooled")?, 8);
+    let lora = LoraFile::open(fixture("lora_peft"), unet.config())?.to_set(DType::F32, &Device::Cpu)?;
+    let adapter = ip_adapter::read(fixture("ip_adapter.bin"), unet.config())?;
+    let weights = Weights::frozen("ip_adapter.bin", adapter.tensors.into_iter().collect());
+    let tokens = Resampler::load(&adapter.resampler, &weights.pp("image_proj"))?.forward(&f32("features")?)?;
+    let key_values = IpAdapter::load(&unet, &weights.pp("ip_adapter"))?.project(&tokens)?;
+    let image_tokens = Some(ImageTokens { key_values, scale: 0.6 });
+    for (name, pass) in [
+        ("plain", Pass::default()),
+        ("lora", Pass { loras: Loras::one(&lora, 1.0), ..Pass::default() }),
+        ("ip_adapter", Pass { image_tokens, ..Pass::default() }),
+    ] {
+        let found = unet.forward(&f32("latents")?, &[3, 801], &conditioning, &pass)?;
+        assert_close(&format!("{name} (F32)"), &found.to_dtype(DType::F64)?, &given[name], RELATIVE_F32)?;
     }
     let missing = unet_of("base", Some("bf16")).unwrap_err().to_string();
     ensure!(missing.contains("diffusion_pytorch_model.bf16.safetensors"), "{missing}");

@@ -9,6 +9,7 @@
 //! | LoRA of peft, diffusers and kohya | [`lora::LoraFile`] | [`lora::LoraFile::save`] |
 //! | IP-Adapter Plus | [`ip_adapter::read`] | [`ip_adapter::write`] |
 //! | face encoders of this crate, published or as checkpoints | [`EncoderFile`] | [`EncoderFile::save`] |
+//! | face networks: IR-SE50, ArcFace, SFace, YuNet | [`faces`] | |
 //! | the authors' released checkpoint | [`official::read`] | [`official::write`] |
 //!
 //! A file is mapped into memory, not read: opening one costs its table of contents, and a tensor costs its own bytes
@@ -16,6 +17,7 @@
 
 pub mod diffusers;
 mod encoder;
+pub mod faces;
 mod info;
 pub mod ip_adapter;
 pub mod lora;

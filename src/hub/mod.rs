@@ -148,14 +148,11 @@ impl Hub {
             return Err(fault("expected a repository as `owner/name` and the path of a file in it".into()));
         }
         let mut looked = Vec::new();
-        if let Some(folder) = &self.folder {
-            let name = repository.split_once('/').map_or(repository, |(_, name)| name);
-            for place in [folder.join(repository).join(file), folder.join(name).join(file)] {
-                if place.is_file() {
-                    return Ok(place);
-                }
-                looked.push(place.display().to_string());
+        for place in self.places(repository, file).into_iter().flatten() {
+            if place.is_file() {
+                return Ok(place);
             }
+            looked.push(place.display().to_string());
         }
         let cache = Cache::of(&self.cache, repository);
         if let Some(path) = cache.find(revision, file) {
@@ -177,6 +174,28 @@ impl Hub {
             )),
             download::Failure::Refused(reason) => fault(reason),
         })
+    }
+
+    /// Where a file may lie in the folder that the user named.
+    fn places(&self, repository: &str, file: &str) -> Option<[PathBuf; 2]> {
+        let folder = self.folder.as_ref()?;
+        let name = repository.split_once('/').map_or(repository, |(_, name)| name);
+        Some([repository, name].map(|name| match file {
+            "" => folder.join(name),
+            file => folder.join(name).join(file),
+        }))
+    }
+
+    /// A file or folder of a repository (the repository's own folder for an empty name) in the folder given as
+    /// [`Hub::with_weights_folder`].
+    pub fn in_weights_folder(&self, repository: &str, path: &str) -> Option<PathBuf> {
+        self.places(repository, path)?.into_iter().find(|place| place.exists())
+    }
+
+    /// The path of a file, where it is on this machine.
+    pub fn find(&self, repository: &str, file: &str) -> Option<PathBuf> {
+        let own = self.in_weights_folder(repository, file).filter(|path| path.is_file());
+        own.or_else(|| Cache::of(&self.cache, repository).find("main", file))
     }
 
     /// Several files of one repository, all in the folder that is returned.

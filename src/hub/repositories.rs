@@ -82,6 +82,18 @@ pub const REPOSITORIES: &[Repository] = &[
         ],
     },
     Repository {
+        id: "opencv/face_detection_yunet",
+        purpose: "YuNet, which finds faces",
+        licence: "mit",
+        files: &[file("face_detection_yunet_2023mar.onnx", 232_589)],
+    },
+    Repository {
+        id: "opencv/face_recognition_sface",
+        purpose: "SFace, the identity network where none is given",
+        licence: "apache-2.0",
+        files: &[file("face_recognition_sface_2021dec.onnx", 38_696_353)],
+    },
+    Repository {
         id: "rinong/lcm_lookahead",
         purpose: "the encoders that the authors of the paper released",
         licence: "apache-2.0",

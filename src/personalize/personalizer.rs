@@ -8,6 +8,7 @@ use image::RgbImage;
 
 use super::guidance::{Branch, Guidance, ReferenceText};
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
+use crate::formats::EncoderFile;
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
 use crate::models::resampler;
 use crate::models::unet::{Conditioning, FreeU, ImageTokens, KeyValues, Pass};
@@ -147,6 +148,20 @@ impl Personalizer {
         let weights = Weights::frozen("IP-Adapter", placed.collect::<Result<_>>()?);
         let config = FaceEncoderConfig { resampler: resampler.clone(), kv_encoder: None };
         let encoder = FaceEncoder::load(&config, &base.unet, &weights, &weights)?;
+        Ok(Self::new(base, encoder))
+    }
+
+    /// An encoder in any published form: a folder of this crate's, a checkpoint of a run, an IP-Adapter, or the authors'
+    /// released checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where a tensor is missing or misshapen.
+    pub fn from_encoder(base: Base, file: &EncoderFile) -> Result<Self> {
+        let placed = |(name, tensor): (&String, &Tensor)| {
+            Ok((name.clone(), tensor.to_dtype(base.dtype)?.to_device(&base.device)?.detach()))
+        };
+        let weights = Weights::frozen("the face encoder", file.tensors.iter().map(placed).collect::<Result<_>>()?);
+        let encoder = FaceEncoder::load(&file.config, &base.unet, &weights, &weights)?;
         Ok(Self::new(base, encoder))
     }
 

@@ -12,6 +12,7 @@ use super::{AdamW, AdamWConfig, Checkpoint, Ema, Gradients, MetricsWriter, Param
 use super::{checkpoint, config};
 use crate::autograd::with_large_stack;
 use crate::data::FaceDataset;
+use crate::formats::EncoderFile;
 use crate::lookahead::{Base, FaceEncoder, ImageLoss};
 use crate::models::resampler;
 use crate::models::unet::Recording;
@@ -21,13 +22,22 @@ use crate::personalize::{Personalizer, encoder_config};
 use crate::schedule::AnnealedTimestepSampler;
 use crate::{Error, Result};
 
-/// A pretrained IP-Adapter, the starting point of training (paper, section 4.5).
+/// What training starts from: a pretrained IP-Adapter (paper, section 4.5), or a whole encoder.
 #[derive(Clone, Debug)]
 pub struct AdapterInit {
     /// The shape of its resampler.
     pub resampler: resampler::Config,
-    /// Its tensors, `image_proj.*` and `ip_adapter.*`. What is missing starts at random.
+    /// Its tensors, `image_proj.*`, `ip_adapter.*` and, of a whole encoder, `kv_encoder.*`. What is missing starts at
+    /// random.
     pub tensors: HashMap<String, Tensor>,
+}
+
+/// An encoder in any published form, the authors' released checkpoint among them, to go on from. A KV branch goes along;
+/// its ranks must then be those of the configuration ([`KvEncoderConfig`](crate::lookahead::KvEncoderConfig)).
+impl From<EncoderFile> for AdapterInit {
+    fn from(file: EncoderFile) -> Self {
+        AdapterInit { resampler: file.config.resampler, tensors: file.tensors.into_iter().collect() }
+    }
 }
 
 /// What one training step did.
@@ -86,8 +96,25 @@ impl Trainer {
         // What is trained is kept in f32 beside a base of bf16 or f16, whose updates would else be lost in rounding.
         let dtype = ops::wide_dtype(base.dtype);
         let parameters = Parameters::new();
+        let in_kv = |name: &str| name.starts_with("kv_encoder.");
+        if let Some(name) = adapter.tensors.keys().filter(|name| in_kv(name)).min() {
+            let asked = Weights::shapes_only();
+            FaceEncoder::load(&encoder_config(&adapter.resampler, &config), &base.unet, &asked, &asked)?;
+            let asked = asked.shapes();
+            let fits = |(name, tensor): (&String, &Tensor)| {
+                !in_kv(name) || asked.get(name).is_some_and(|shape| shape == tensor.dims())
+            };
+            if !adapter.tensors.iter().all(fits) {
+                let reason = format!(
+                    "the encoder to start from has a KV branch of other ranks or blocks (`{name}` is {:?}); set \
+                     encoder_lora_rank, kv_lora_rank and extended_layers to its own",
+                    adapter.tensors[name].dims()
+                );
+                return Err(config_error("adapter", reason));
+            }
+        }
         for (name, tensor) in &adapter.tensors {
-            if FaceEncoder::is_adapter_parameter(name) {
+            if FaceEncoder::is_adapter_parameter(name) || in_kv(name) {
                 let value = tensor.to_dtype(dtype)?.to_device(&base.device)?;
                 parameters.insert(name, candle_core::Var::from_tensor(&value)?);
             }

@@ -4,8 +4,9 @@ use serde_json::{Value, json};
 
 use super::JsonConfig;
 use crate::Result;
-use crate::models::{clip_text, clip_vision, taesd, unet};
+use crate::models::{autoencoder_kl, clip_text, clip_vision, taesd, unet};
 use crate::ops::Activation;
+use crate::schedule::NoiseSchedule;
 
 /// The U-Net of a `UNet2DConditionModel` of SDXL's kind.
 ///
@@ -214,4 +215,68 @@ pub fn tiny_autoencoder_config(json: &JsonConfig) -> Result<taesd::Config> {
         // The shift of diffusers' configuration belongs to `scale_latents`, which pipelines do not call.
         shift: 0.0,
     })
+}
+
+/// The autoencoder of an `AutoencoderKL`.
+///
+/// # Errors
+/// [`crate::Error::Config`] naming the field that is missing, absurd, or not supported.
+pub fn autoencoder_kl_config(json: &JsonConfig) -> Result<autoencoder_kl::Config> {
+    for (field, supported) in [
+        ("_class_name", json!("AutoencoderKL")),
+        ("act_fn", json!("silu")),
+        ("in_channels", json!(3)),
+        ("out_channels", json!(3)),
+        ("latents_mean", Value::Null),
+        ("latents_std", Value::Null),
+    ] {
+        json.only(field, &supported, true)?;
+    }
+    let levels = json.length("block_out_channels")?;
+    for (field, kind) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+        let kinds = json.texts(field)?;
+        if kinds.len() != levels || kinds.iter().any(|other| *other != kind) {
+            return Err(json.fault(field, format!("{levels} of {kind}")));
+        }
+    }
+    let flag = |field: &str| match json.get(field) {
+        None => Ok(true),
+        Some(value) => value.as_bool().ok_or_else(|| json.fault(field, "true or false")),
+    };
+    let config = autoencoder_kl::Config {
+        latent_channels: json.count_or("latent_channels", 4)?,
+        block_out_channels: json.counts("block_out_channels", levels)?,
+        layers_per_block: json.count_or("layers_per_block", 1)?,
+        norm_num_groups: json.count_or("norm_num_groups", 32)?,
+        scaling_factor: json.number_or("scaling_factor", 0.18215)?,
+        shift_factor: json.number_or("shift_factor", 0.0)?,
+        mid_block_add_attention: flag("mid_block_add_attention")?,
+        use_quant_conv: flag("use_quant_conv")?,
+        use_post_quant_conv: flag("use_post_quant_conv")?,
+    };
+    config.validate().map_err(|error| match error {
+        crate::Error::Config { field, .. } => json.fault(&field, "a value that fits the others"),
+        other => other,
+    })?;
+    Ok(config)
+}
+
+/// The noise schedule of a `scheduler_config.json`. Which sampler it names does not matter: samplers are options of a
+/// call.
+///
+/// # Errors
+/// [`crate::Error::Config`] for a model of another kind: one that predicts velocities, has trained betas or a schedule
+/// that is not `scaled_linear`, or ends in pure noise.
+pub fn noise_schedule(json: &JsonConfig) -> Result<NoiseSchedule> {
+    for (field, supported, missing_is_supported) in [
+        ("beta_schedule", json!("scaled_linear"), false),
+        ("prediction_type", json!("epsilon"), true),
+        ("trained_betas", Value::Null, true),
+        ("rescale_betas_zero_snr", json!(false), true),
+    ] {
+        json.only(field, &supported, missing_is_supported)?;
+    }
+    let (start, end) = (json.number_or("beta_start", 0.00085)?, json.number_or("beta_end", 0.012)?);
+    NoiseSchedule::scaled_linear(start, end, json.count_or("num_train_timesteps", 1000)?)
+        .map_err(|_| json.fault("beta_start", "numbers above 0 and below 1, not above beta_end, and 2 timesteps"))
 }

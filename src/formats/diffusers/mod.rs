@@ -15,7 +15,9 @@ use super::tensor_file::{Expected, TensorFile, format_error};
 use crate::Result;
 use crate::nn::Weights;
 
-pub use config::{clip_text_config, clip_vision_config, tiny_autoencoder_config, unet_config};
+pub use config::{
+    autoencoder_kl_config, clip_text_config, clip_vision_config, noise_schedule, tiny_autoencoder_config, unet_config,
+};
 pub use json::JsonConfig;
 
 /// What weights are called: by diffusers, by transformers, and before safetensors.
@@ -107,6 +109,12 @@ impl Folder {
     /// too many.
     pub fn weights(&self, shapes: &BTreeMap<String, Vec<usize>>, dtype: DType, device: &Device) -> Result<Weights> {
         let file = self.tensors()?;
+        // transformers 5 writes a text encoder without projection without this prefix.
+        let short = |name: &String| name.strip_prefix("text_model.").unwrap_or(name).to_string();
+        let bare = file.info("embeddings.token_embedding.weight").is_some();
+        let bare: Option<BTreeMap<_, _>> =
+            bare.then(|| shapes.iter().map(|(name, shape)| (short(name), shape.clone())).collect());
+        let shapes = bare.as_ref().unwrap_or(shapes);
         file.expect(&Expected { prefix: "", shapes, ignored: &["position_ids"] })?;
         Ok(Weights::from_file(file, dtype, device))
     }

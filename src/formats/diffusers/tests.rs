@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::Error;
-use crate::models::{clip_text, clip_vision, taesd, unet};
+use crate::models::{autoencoder_kl, clip_text, clip_vision, taesd, unet};
+use crate::schedule::NoiseSchedule;
 
 const UNET: &str = r#"{
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
@@ -46,6 +47,36 @@ fn the_published_configurations_are_the_presets() -> Result<()> {
         "encoder_block_out_channels": [64, 64, 64, 64], "latent_channels": 4, "num_decoder_blocks": [3, 3, 3, 1],
         "num_encoder_blocks": [1, 3, 3, 3], "scaling_factor": 1.0, "upsampling_scaling_factor": 2}"#;
     assert_eq!(tiny_autoencoder_config(&JsonConfig::parse("vae", tiny)?)?, taesd::Config::taesdxl());
+    let vae = r#"{"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
+        "force_upcast": false, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+        "out_channels": 3, "sample_size": 512, "scaling_factor": 0.13025,
+        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
+    assert_eq!(autoencoder_kl_config(&JsonConfig::parse("vae", vae)?)?, autoencoder_kl::Config::sdxl());
+    let scheduler = r#"{"_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "clip_sample": false, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+        "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": null, "use_karras_sigmas": false}"#;
+    let (read, sdxl) = (noise_schedule(&JsonConfig::parse("scheduler", scheduler)?)?, NoiseSchedule::sdxl());
+    assert_eq!(read.timestep_count(), 1000);
+    for t in [0, 500, 999] {
+        assert_eq!(read.alpha_cumprod(t)?, sdxl.alpha_cumprod(t)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn schedules_of_other_kinds_of_models_are_refused_by_field() -> Result<()> {
+    for (text, field) in [
+        (r#"{"beta_schedule": "linear"}"#, "beta_schedule"),
+        (r#"{"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}"#, "prediction_type"),
+        (r#"{"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": true}"#, "rescale_betas_zero_snr"),
+        (r#"{"beta_schedule": "scaled_linear", "beta_start": 0.5, "beta_end": 0.1}"#, "beta_start"),
+        (r#"{"beta_schedule": "scaled_linear", "num_train_timesteps": 1e12}"#, "num_train_timesteps"),
+    ] {
+        let error = noise_schedule(&JsonConfig::parse("scheduler", text)?).unwrap_err();
+        let Error::Config { field: named, .. } = &error else { panic!("{error}") };
+        assert_eq!(named, field, "{error}");
+    }
     Ok(())
 }
 

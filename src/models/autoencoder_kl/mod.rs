@@ -61,7 +61,9 @@ impl Config {
         1 << self.block_out_channels.len().saturating_sub(1)
     }
 
-    fn check(&self) -> Result<()> {
+    /// # Errors
+    /// [`Error::Config`] naming the field that is out of range or does not fit the others.
+    pub fn validate(&self) -> Result<()> {
         let fault = |field: &str, reason: String| {
             Err(Error::Config { source_name: "autoencoder_kl".into(), field: field.into(), reason })
         };
@@ -143,7 +145,7 @@ impl AutoencoderKl {
     /// [`Error::Config`] where the configuration contradicts itself, [`Error::Tensor`] where a tensor is missing or
     /// misshapen.
     pub fn load(config: &Config, weights: &Weights) -> Result<Self> {
-        config.check()?;
+        config.validate()?;
         Ok(AutoencoderKl {
             config: config.clone(),
             encoder: Encoder::load(config, weights)?,
@@ -188,7 +190,7 @@ impl AutoencoderKl {
 impl Encoder {
     fn load(config: &Config, all: &Weights) -> Result<Self> {
         let (weights, channels) = (all.pp("encoder"), &config.block_out_channels);
-        let (first, last) = (channels[0], channels[channels.len() - 1]); // not empty, as `Config::check` has made sure
+        let (first, last) = (channels[0], channels[channels.len() - 1]); // not empty, as `Config::validate` has made sure
         let moments = 2 * config.latent_channels;
         let stage = |level: usize| {
             let sizes = [channels[level.saturating_sub(1)], channels[level]];
@@ -221,7 +223,7 @@ impl Encoder {
 impl Decoder {
     fn load(config: &Config, all: &Weights) -> Result<Self> {
         let (weights, channels) = (all.pp("decoder"), &config.block_out_channels);
-        let (first, last) = (channels[0], channels[channels.len() - 1]); // not empty, as `Config::check` has made sure
+        let (first, last) = (channels[0], channels[channels.len() - 1]); // not empty, as `Config::validate` has made sure
         let latent = config.latent_channels;
         let stage = |index: usize| {
             let level = channels.len() - 1 - index;

@@ -118,7 +118,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         Config { layers_per_block: 0, ..tiny() },
         Config { scaling_factor: f64::NAN, ..tiny() },
     ] {
-        assert!(matches!(config.check(), Err(crate::Error::Config { .. })), "{config:?}");
+        assert!(matches!(config.validate(), Err(crate::Error::Config { .. })), "{config:?}");
     }
     Ok(())
 }
