@@ -4,13 +4,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
-use lcm_lookahead::Result;
 use lcm_lookahead::autograd::with_large_stack;
 use lcm_lookahead::mini::pretrain::{self, Options};
+use lcm_lookahead::{Error, Result};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Stage {
+    /// Draws portraits into the file of --pool-file, for the other stages.
+    Draw,
     /// Random weights for every stage without a file.
     Init,
     Autoencoder,
@@ -39,10 +42,19 @@ struct Arguments {
     /// Time budget of the stage, from the start of the program, in minutes.
     #[arg(long, default_value_t = 10.0)]
     minutes: f64,
+    /// The same in seconds.
+    #[arg(long, conflicts_with = "minutes")]
+    seconds: Option<f64>,
     /// Stop after so many updates even if time is left.
     #[arg(long)]
     steps: Option<u64>,
-    /// Worker threads; all cores unless given.
+    /// Where to train: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// What networks compute in: f32, or on a GPU bf16. What is trained is f32 either way.
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// Worker threads; all cores unless given. On a GPU they draw portraits only.
     #[arg(long)]
     threads: Option<usize>,
     /// Folder of the stages' files.
@@ -57,6 +69,9 @@ struct Arguments {
     /// Portraits to draw.
     #[arg(long, default_value_t = 8000)]
     pool: usize,
+    /// A file of drawn portraits, which --stage draw makes.
+    #[arg(long)]
+    pool_file: Option<PathBuf>,
     /// Seed of all draws.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -71,17 +86,41 @@ struct Arguments {
     to: f64,
 }
 
+fn device(name: &str) -> Result<Device> {
+    let ordinal = match name.split_once(':') {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cuda" => 0,
+        Some(("cuda", ordinal)) => ordinal.parse().map_err(|_| wrong("--device", "cpu, cuda or cuda:N", name))?,
+        _ => return Err(wrong("--device", "cpu, cuda or cuda:N", name)),
+    };
+    #[cfg(feature = "cuda")]
+    return lcm_lookahead::cuda::open(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    Err(wrong("--device", "a build with the feature cuda", &format!("GPU {ordinal}")))
+}
+
+fn wrong(argument: &'static str, expected: &str, found: &str) -> Error {
+    Error::Argument { function: "pretrain_mini", argument, expected: expected.into(), found: found.into() }
+}
+
 fn run(arguments: Arguments) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |count| count.get());
     let options = Options {
         out: arguments.out,
         start: Instant::now(),
-        budget: Duration::from_secs_f64(60.0 * arguments.minutes.max(0.0)),
+        budget: Duration::from_secs_f64(arguments.seconds.unwrap_or(60.0 * arguments.minutes).max(0.0)),
         steps: arguments.steps,
         threads: arguments.threads.unwrap_or(cores),
+        device: device(&arguments.device)?,
+        dtype: match arguments.dtype.as_str() {
+            "f32" => DType::F32,
+            "bf16" => DType::BF16,
+            other => return Err(wrong("--dtype", "f32 or bf16", other)),
+        },
         batch: arguments.batch,
         learning_rate: arguments.lr,
         pool: arguments.pool.max(8),
+        pool_file: arguments.pool_file,
         seed: arguments.seed,
         fresh: arguments.fresh,
         schedule: (arguments.from, arguments.to),
@@ -89,6 +128,10 @@ fn run(arguments: Arguments) -> Result<()> {
     // What runs outside the workers is spread over as many threads.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build_global();
     match arguments.stage {
+        Stage::Draw => {
+            let file = options.pool_file.clone().unwrap_or_else(|| options.out.join("pool.safetensors"));
+            pretrain::Pool::draw(&options, 0)?.save(&file)
+        }
         Stage::Init => pretrain::init(&options.out, options.seed),
         Stage::Autoencoder => pretrain::autoencoder(&options),
         Stage::Clip => pretrain::clip(&options),
