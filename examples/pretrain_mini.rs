@@ -19,6 +19,8 @@ enum Stage {
     Autoencoder,
     Clip,
     Identity,
+    /// An identity network that is not part of the miniature, for evaluation.
+    HeldOutIdentity,
     FaceLocator,
     /// Needs autoencoder and clip.
     Denoiser,
@@ -66,7 +68,7 @@ struct Arguments {
     /// Peak learning rate; each stage has a default.
     #[arg(long)]
     lr: Option<f64>,
-    /// Portraits to draw.
+    /// Portraits to draw, or to take of a file of them, at most.
     #[arg(long, default_value_t = 8000)]
     pool: usize,
     /// A file of drawn portraits, which --stage draw makes.
@@ -136,6 +138,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Stage::Autoencoder => pretrain::autoencoder(&options),
         Stage::Clip => pretrain::clip(&options),
         Stage::Identity => pretrain::identity(&options),
+        Stage::HeldOutIdentity => pretrain::held_out_identity(&options),
         Stage::FaceLocator => pretrain::face_locator(&options),
         Stage::Denoiser => pretrain::denoiser(&options),
         Stage::Lcm => pretrain::lcm(&options),

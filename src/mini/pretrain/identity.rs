@@ -11,7 +11,7 @@ use super::training::{Losses, MicroBatch, Options, Recipe, train};
 use crate::face::aligned_crop;
 use crate::mini::MiniConfig;
 use crate::models::identity::{IdentityNetwork, normalise};
-use crate::models::mini_identity::MiniIdentity;
+use crate::models::mini_identity::{self, MiniIdentity};
 use crate::nn::{Init, Parameters};
 use crate::random::Address;
 use crate::{Result, ops};
@@ -29,14 +29,28 @@ const JITTER: f64 = 1.2;
 /// # Errors
 /// Those of [`train`].
 pub fn identity(options: &Options) -> Result<()> {
-    let (workers, config, pool) = (options.workers()?, MiniConfig::mini(), Pool::of(options)?);
+    train_network(options, "identity", "identity_network", &MiniConfig::mini().identity_network)
+}
+
+/// The same for a network of another shape ([`mini_identity::Config::held_out`]) and seed, which is not part of the
+/// miniature: it judges likeness where the miniature's own network was a teacher.
+///
+/// # Errors
+/// Those of [`train`].
+pub fn held_out_identity(options: &Options) -> Result<()> {
+    let options = Options { seed: options.seed + 1000, ..options.clone() };
+    train_network(&options, "held_out_identity", "held_out_identity", &mini_identity::Config::held_out())
+}
+
+fn train_network(options: &Options, stage: &'static str, prefix: &str, config: &mini_identity::Config) -> Result<()> {
+    let (workers, pool) = (options.workers()?, Pool::of(options)?);
     let classes = pool.people();
     let parameters = Parameters::new();
     let weights = options.trainable(&parameters);
-    let network = config.load_identity_network(&weights)?;
+    let network = MiniIdentity::load(config, &weights.pp(prefix))?;
     let centres = weights.pp("identity_classes").get((classes, network.dimension()), "weight", Init::Normal(0.1))?;
     let recipe = Recipe {
-        stage: "identity",
+        stage,
         parameters: &parameters,
         batch: options.batch_or(64, 256),
         learning_rate: 2e-3,
@@ -54,7 +68,7 @@ pub fn identity(options: &Options) -> Result<()> {
     for chosen in pairs.chunks(40) {
         embedded.push(embed(options, &network, &strangers.images(chosen)?, &strangers, chosen, |_| 0.0)?.detach());
     }
-    report(&Tensor::cat(&embedded, 0)?)
+    report(stage, &Tensor::cat(&embedded, 0)?)
 }
 
 /// Embeddings of the faces in pictures of some portraits, f32, whose landmarks are moved.
@@ -114,7 +128,7 @@ fn loss(
 }
 
 /// Cosines within and between people, of embeddings in pairs `(2 * people, dimension)`.
-fn report(embedded: &Tensor) -> Result<()> {
+fn report(stage: &str, embedded: &Tensor) -> Result<()> {
     let similarity = embedded.matmul(&embedded.t()?)?.to_vec2::<f32>()?;
     let people = similarity.len() / 2;
     let (mut same, mut other, mut found) = (0.0, 0.0, 0);
@@ -127,7 +141,7 @@ fn report(embedded: &Tensor) -> Result<()> {
     }
     let count = people as f32;
     println!(
-        "identity: {people} unseen people: cosine {:.3} to themselves, {:.3} to others, {:.1} % found among all",
+        "{stage}: {people} unseen people: cosine {:.3} to themselves, {:.3} to others, {:.1} % found among all",
         same / count,
         other / count,
         100.0 * found as f32 / count,

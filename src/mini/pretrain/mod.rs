@@ -29,7 +29,7 @@ pub use bundle::{bundle, init};
 pub use clip::clip;
 pub use denoiser::denoiser;
 pub use face_locator::face_locator;
-pub use identity::identity;
+pub use identity::{held_out_identity, identity};
 pub use lcm::lcm;
 pub use pool::{HELD_OUT_FROM, Pool, TRAINING_IDENTITIES};
 pub use training::{Losses, MicroBatch, Options, Recipe, train};

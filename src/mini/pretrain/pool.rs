@@ -57,13 +57,14 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// The pool of a run: read from `options.pool_file` where that exists, or else drawn.
+    /// The pool of a run: read from `options.pool_file` where that exists, or else drawn; at most `options.pool`
+    /// portraits.
     ///
     /// # Errors
     /// Those of [`load`](Self::load) and [`draw`](Self::draw).
     pub fn of(options: &Options) -> Result<Self> {
         match &options.pool_file {
-            Some(file) if file.exists() => Self::load(file, &options.device),
+            Some(file) if file.exists() => Ok(Self::load(file, &options.device)?.first(options.pool)),
             _ => Self::draw(options, 0),
         }
     }
@@ -179,6 +180,14 @@ impl Pool {
         let portraits = portraits.collect::<Result<Vec<_>>>()?;
         let points = |ten: &[f64]| -> Landmarks { std::array::from_fn(|i| [ten[2 * i], ten[2 * i + 1]]) };
         Ok(Pool { portraits, landmarks: landmarks.chunks_exact(10).map(points).collect(), pictures })
+    }
+
+    /// Only the first portraits, at most so many.
+    fn first(mut self, most: usize) -> Self {
+        let count = most.clamp(1, self.len());
+        self.portraits.truncate(count);
+        self.landmarks.truncate(count);
+        self
     }
 
     /// How many portraits.

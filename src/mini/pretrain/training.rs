@@ -42,7 +42,7 @@ pub struct Options {
     pub batch: Option<usize>,
     /// Peak learning rate; each stage has a default.
     pub learning_rate: Option<f64>,
-    /// How many portraits are drawn, where there is no file of them.
+    /// How many portraits there are at most.
     pub pool: usize,
     /// A file of portraits that [`draw`](super::draw) wrote.
     pub pool_file: Option<PathBuf>,
