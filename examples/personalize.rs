@@ -16,7 +16,7 @@ use lcm_lookahead::models::unet::FreeU;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::{AdapterInit, ContactSheet, checkpoint};
 use lcm_lookahead::{Base, Guidance, Personalizer, SamplerKind};
-use support::Model;
+use support::{Compute, Model};
 
 /// The portrait that is drawn where no `--image` is given.
 const PORTRAIT: &[u8] = include_bytes!("../assets/portrait.png");
@@ -56,6 +56,8 @@ struct Arguments {
     /// The networks to draw with.
     #[arg(long, value_enum, default_value = "mini")]
     model: Model,
+    #[command(flatten)]
+    compute: Compute,
     /// Seed of the noise the pictures start from.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -92,7 +94,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Some(path) => load_image(path)?,
         None => image::load_from_memory(PORTRAIT)?.into_rgb8(),
     };
-    let (base, AdapterInit { resampler, tensors }) = arguments.model.load()?;
+    let (base, AdapterInit { resampler, tensors }) = arguments.model.load(&arguments.compute)?;
     warn_without_face(&base, &photograph)?;
     let personalizer = match &arguments.checkpoint {
         Some(folder) => {
@@ -167,7 +169,8 @@ fn options(arguments: &Arguments, defaults: Options) -> anyhow::Result<Options> 
 
 fn warn_without_face(base: &Base, photograph: &RgbImage) -> anyhow::Result<()> {
     let size = u32::try_from(base.resolution)?;
-    let picture = to_tensor(&resize_and_crop(photograph, size, Crop::Center), &base.device)?.unsqueeze(0)?;
+    let picture = to_tensor(&resize_and_crop(photograph, size, Crop::Center), &base.device)?;
+    let picture = picture.to_dtype(base.dtype)?.unsqueeze(0)?;
     if base.face_locator.locate(&picture)?.iter().any(Option::is_none) {
         eprintln!("warning: no face found in the photograph; the pictures may not resemble anybody");
     }

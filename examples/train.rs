@@ -11,7 +11,7 @@ use clap::Parser;
 use lcm_lookahead::data::{DatasetConfig, FaceDataset, GenerateConfig, Source, generate_dataset};
 use lcm_lookahead::train::{Checkpoint, checkpoint};
 use lcm_lookahead::{TrainConfig, Trainer};
-use support::Model;
+use support::{Compute, Model};
 
 const DEFAULT_DATA: &str = "out/data";
 
@@ -39,6 +39,8 @@ struct Arguments {
     /// The networks to train for.
     #[arg(long, value_enum, default_value = "mini")]
     model: Model,
+    #[command(flatten)]
+    compute: Compute,
     /// Go on from the latest checkpoint in the output folder; begin where there is none.
     #[arg(long, conflicts_with = "resume_from")]
     resume: bool,
@@ -80,7 +82,7 @@ struct Arguments {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let (base, adapter) = arguments.model.load()?;
+    let (base, adapter) = arguments.model.load(&arguments.compute)?;
     let from = match &arguments.resume_from {
         Some(folder) => Some(folder.clone()),
         None => prepare_output(&arguments)?,

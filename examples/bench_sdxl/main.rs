@@ -4,6 +4,7 @@ mod attention;
 mod compare;
 mod measure;
 mod networks;
+mod phases;
 mod sampling;
 mod training;
 mod unet;
@@ -47,6 +48,8 @@ enum Part {
     Unet,
     Training,
     Sampling,
+    /// The parts of a training iteration
+    Phases,
 }
 
 fn main() -> ExitCode {
@@ -71,6 +74,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     if wanted(Part::Training) {
         training::measure(&mut report, &arguments.batch)?;
+    }
+    if arguments.parts.contains(&Part::Phases) {
+        phases::measure(&mut report, &arguments.batch)?;
     }
     if wanted(Part::Sampling) {
         sampling::measure(&mut report)?;

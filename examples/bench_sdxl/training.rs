@@ -27,6 +27,7 @@ pub fn measure(report: &mut Report, batches: &[usize]) -> Result<()> {
     let timesteps = AnnealedTimestepSampler::new(0.2, 1000, 1000)?;
     for &batch in batches {
         let mut config = TrainConfig::official();
+        config.keep_attention = true;
         config.train_batch_size = batch;
         config.lookahead.batch_size = batch;
         config.timesteps.lcm_max_timestep = 1000;

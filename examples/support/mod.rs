@@ -1,11 +1,14 @@
 //! What the example programs share: how they start and end, and how a model is chosen.
 #![allow(dead_code, reason = "not every example chooses a model")]
 
+mod compute;
+
 use std::process::ExitCode;
 
 use anyhow::bail;
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::{Parser, ValueEnum};
+pub use compute::Compute;
 use lcm_lookahead::Base;
 use lcm_lookahead::mini;
 use lcm_lookahead::train::AdapterInit;
@@ -48,10 +51,10 @@ pub enum Model {
 
 impl Model {
     /// The frozen networks, and the pretrained IP-Adapter that belongs to them.
-    pub fn load(self) -> anyhow::Result<(Base, AdapterInit)> {
+    pub fn load(self, compute: &Compute) -> anyhow::Result<(Base, AdapterInit)> {
         match self {
             Model::Mini => {
-                let base = mini::base(DType::F32, &Device::Cpu)?;
+                let base = mini::base(compute.dtype(DType::F32)?, &compute.open()?)?;
                 let resampler = mini::face_encoder_config().resampler;
                 Ok((base, AdapterInit { resampler, tensors: mini::adapter_tensors()? }))
             }

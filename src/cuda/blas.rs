@@ -61,7 +61,7 @@ const WORKSPACE: usize = 32 << 20;
 /// How many algorithms are timed against each other.
 const CANDIDATES: usize = 8;
 /// Products of fewer floating-point operations take the heuristic's first choice untimed.
-const WORTH_TIMING: f64 = 5e8;
+const WORTH_TIMING: f64 = 1e7;
 
 #[derive(PartialEq, Eq, Hash)]
 struct Key {

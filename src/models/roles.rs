@@ -92,7 +92,12 @@ impl TextEncoder for TokenizedClipText {
 
 impl ImageEncoder for ClipVision {
     fn features(&self, images: &Tensor) -> Result<Tensor> {
-        self.penultimate_hidden_states(&self.pixel_values(images)?)
+        // On a GPU the pictures stay there: the same filter, without the original's rounding to bytes in between.
+        let pixel_values = match images.device().is_cuda() {
+            true => self.preprocess(images)?,
+            false => self.pixel_values(images)?,
+        };
+        self.penultimate_hidden_states(&pixel_values)
     }
 
     fn null_features(&self) -> Result<Tensor> {

@@ -10,6 +10,8 @@ use candle_core::{D, Tensor};
 
 use super::lora::{LoraLayer, Loras};
 use super::{Init, Weights};
+#[cfg(feature = "cuda")]
+use crate::ops::lora_factors::Factors;
 use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
 
@@ -61,6 +63,13 @@ impl Linear {
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
         let adapted = Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
+        #[cfg(feature = "cuda")]
+        if let ([(layer, scale)], false) = (&adapted.rest[..], self.weight.track_op())
+            && let Some(low_rank) = layer.factors(*scale)
+        {
+            let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
+            return super::stacked::linear_adapted(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
+        }
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
         for (layer, scale) in adapted.rest {

@@ -81,6 +81,15 @@ impl LoraLayer {
         Ok(None)
     }
 
+    /// `down`, `up` and the scale of all in all, where they are the f32 factors of a linear layer on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn factors(&self, scale: f64) -> Option<(&Tensor, &Tensor, f64)> {
+        let fits = |tensor: &Tensor| {
+            tensor.device().is_cuda() && tensor.rank() == 2 && tensor.dtype() == candle_core::DType::F32
+        };
+        (fits(&self.down) && fits(&self.up)).then_some((&self.down, &self.up, scale * self.scale))
+    }
+
     /// The factors `up` and `down`, in the dtype of a weight, where both they and the weight are frozen and on a GPU.
     #[cfg(feature = "cuda")]
     pub(super) fn mergeable(&self, weight: &Tensor) -> Result<Option<(Tensor, Tensor)>> {

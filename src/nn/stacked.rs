@@ -6,6 +6,22 @@ use super::layers::Linear;
 use super::lora::Loras;
 use crate::Result;
 use crate::ops;
+#[cfg(feature = "cuda")]
+use crate::ops::lora_factors::linear::linear_low_rank;
+#[cfg(feature = "cuda")]
+use crate::ops::lora_factors::{Factors, lora_factors};
+
+/// Frozen layers whose weights lie one after the other, with the low-rank updates of those that have one.
+#[cfg(feature = "cuda")]
+pub(super) fn linear_adapted(
+    x: &Tensor,
+    weight: &Tensor,
+    addends: (Option<&Tensor>, Option<&Tensor>),
+    factors: &[Factors<'_>],
+) -> Result<Tensor> {
+    let (down, up) = lora_factors(factors, x.dtype())?;
+    linear_low_rank(x, weight, addends, (&down, &up))
+}
 
 /// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
 /// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
@@ -43,8 +59,7 @@ impl StackedLinear {
     }
 
     /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;
-    /// `None` where one of them cannot be merged into the weights (it is trainable), so that the layers have to run one
-    /// by one.
+    /// `None` where a layer has several, or of a kind that the layers have to run one by one.
     ///
     /// # Errors
     /// Those of [`ops::linear`].
@@ -56,7 +71,28 @@ impl StackedLinear {
         if let Some(weight) = self.merged(loras)? {
             return Ok(Some(ops::linear(x, &weight, None)?));
         }
+        #[cfg(feature = "cuda")]
+        if let Some(factors) = self.factors(loras) {
+            return linear_adapted(x, &self.weight, (None, None), &factors).map(Some);
+        }
         Ok(None)
+    }
+
+    /// The factors of the layers; `None` where a layer has several sets, or factors of another kind than
+    /// [`lora_factors`] takes.
+    #[cfg(feature = "cuda")]
+    fn factors<'a>(&'a self, loras: &'a Loras) -> Option<Vec<Factors<'a>>> {
+        let mut factors = Vec::with_capacity(self.layers.len());
+        for (path, weight) in &self.layers {
+            let mut found = loras.at(path);
+            let low_rank = match (found.next(), found.next()) {
+                (None, _) => None,
+                (Some((layer, scale)), None) => Some(layer.factors(scale)?),
+                _ => return None,
+            };
+            factors.push(Factors { output: weight.dims()[0], low_rank });
+        }
+        Some(factors)
     }
 
     /// The stack with the LoRA layers added; `None` where a layer has several, or a trainable one.

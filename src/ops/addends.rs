@@ -39,7 +39,11 @@ impl<'a> Addends<'a> {
             let Some(tensor) = tensor else { return Ok(None) };
             same_kind(operation, x, argument, tensor)?;
             if tensor.dims() != expected {
-                let (expected, found) = (format!("{expected:?}"), format!("{:?}", tensor.dims()));
+                let expected = match expected {
+                    [size] => format!("({size},)"),
+                    shape => format!("{shape:?}"),
+                };
+                let found = format!("{:?}", tensor.dims());
                 return Err(Error::argument(operation, argument, expected, found));
             }
             inputs.push(tensor);

@@ -19,6 +19,8 @@ mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+#[cfg(feature = "cuda")]
+pub(crate) mod lora_factors;
 mod max_pool2d;
 mod prelu;
 pub(crate) mod resize_bicubic;

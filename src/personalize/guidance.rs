@@ -60,15 +60,16 @@ const UNCONDITIONAL_KV: Branch = Branch { conditional: false, reference: Some(Re
 const CONDITIONAL_KV: Branch = Branch { conditional: true, reference: Some(ReferenceText::Prompt) };
 
 impl Guidance {
-    /// The predictions it combines, with or without a KV path.
+    /// The predictions it combines, with or without a KV path. Those with a reference come first, each with another
+    /// one: the KV encoder's results are then in place for them, and the others look at none.
     pub(super) fn branches(self, with_reference: bool) -> &'static [Branch] {
         match (self, with_reference) {
             (Guidance::None, true) => &[CONDITIONAL_KV],
             (Guidance::None, false) => &[CONDITIONAL],
-            (Guidance::Plain { .. }, true) => &[UNCONDITIONAL, CONDITIONAL_KV],
+            (Guidance::Plain { .. }, true) => &[CONDITIONAL_KV, UNCONDITIONAL],
             // Without a reference the three terms are one: what has the reference equals what lacks it.
-            (Guidance::Plain { .. } | Guidance::ThreeTerm { .. }, false) => &[UNCONDITIONAL, CONDITIONAL],
-            (Guidance::ThreeTerm { .. }, true) => &[UNCONDITIONAL, CONDITIONAL, UNCONDITIONAL_KV, CONDITIONAL_KV],
+            (Guidance::Plain { .. } | Guidance::ThreeTerm { .. }, false) => &[CONDITIONAL, UNCONDITIONAL],
+            (Guidance::ThreeTerm { .. }, true) => &[CONDITIONAL_KV, UNCONDITIONAL_KV, CONDITIONAL, UNCONDITIONAL],
         }
     }
 
@@ -76,9 +77,9 @@ impl Guidance {
     pub(super) fn combine(self, predictions: &[Tensor]) -> Result<Tensor> {
         match (self, predictions) {
             (_, [prediction]) => Ok(prediction.clone()),
-            (Guidance::Plain { scale }, [u, c]) => plain(u, c, scale),
-            (Guidance::ThreeTerm { no_kv, full, .. }, [u, c]) => plain(u, c, no_kv + full),
-            (Guidance::ThreeTerm { no_kv, full, kv }, [u, c, u_kv, c_kv]) => {
+            (Guidance::Plain { scale }, [c, u]) => plain(u, c, scale),
+            (Guidance::ThreeTerm { no_kv, full, .. }, [c, u]) => plain(u, c, no_kv + full),
+            (Guidance::ThreeTerm { no_kv, full, kv }, [c_kv, u_kv, c, u]) => {
                 let [text, reference, all] = [(c, no_kv), (u_kv, kv), (c_kv, full)]
                     .map(|(with, weight)| Ok::<_, Error>(((with - u)? * weight)?));
                 Ok((((u + text?)? + all?)? + reference?)?)
@@ -105,13 +106,13 @@ mod tests {
     #[test]
     fn the_three_term_form_is_the_official_one() -> Result<()> {
         let number = |x: f64| Tensor::new(&[x], &Device::Cpu);
-        let predictions = [number(1.0)?, number(2.0)?, number(4.0)?, number(7.0)?];
+        let predictions = [number(7.0)?, number(4.0)?, number(2.0)?, number(1.0)?];
         // 1 + 3 (2 - 1) + 2 (7 - 1) + 2 (4 - 1)
         let guidance = Guidance::official();
-        assert_eq!(guidance.branches(true), [UNCONDITIONAL, CONDITIONAL, UNCONDITIONAL_KV, CONDITIONAL_KV]);
+        assert_eq!(guidance.branches(true), [CONDITIONAL_KV, UNCONDITIONAL_KV, CONDITIONAL, UNCONDITIONAL]);
         assert_eq!(guidance.combine(&predictions)?.to_vec1::<f64>()?, [22.0]);
         // Without a reference: 1 + (3 + 2) (2 - 1)
-        assert_eq!(guidance.combine(&predictions[..2])?.to_vec1::<f64>()?, [6.0]);
+        assert_eq!(guidance.combine(&predictions[2..])?.to_vec1::<f64>()?, [6.0]);
         assert_eq!(plain(&number(1.0)?, &number(2.0)?, 5.0)?.to_vec1::<f64>()?, [6.0]);
         Ok(())
     }

@@ -273,16 +273,11 @@ impl Personalizer {
         let images: Vec<&Tensor> =
             branches.iter().map(|branch| if branch.conditional { &tokens } else { &no_tokens }).collect();
 
-        let mut reference_texts = Vec::new();
-        for kind in branches.iter().filter_map(|branch| branch.reference) {
-            if !reference_texts.contains(&kind) {
-                reference_texts.push(kind);
-            }
-        }
         let prompt = base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
         let no_prompt = prompt.without_text()?;
-        let encoder_texts: Vec<&Conditioning> = reference_texts
+        let encoder_texts: Vec<&Conditioning> = branches
             .iter()
+            .filter_map(|branch| branch.reference)
             .map(|kind| match kind {
                 ReferenceText::Prompt => &prompt,
                 ReferenceText::None => &no_prompt,
@@ -295,12 +290,11 @@ impl Personalizer {
             encoder_text: if encoder_texts.is_empty() { None } else { Some(Conditioning::cat(&encoder_texts)?) },
             reference_latents: Tensor::cat(&vec![&reference.latents; batch * encoder_texts.len().max(1)], 0)?,
             noise: Tensor::cat(&vec![&noise; encoder_texts.len().max(1)], 0)?,
-            reference_texts,
         })
     }
 
-    /// The reference's keys and values at a timestep, one a sample of the batch of all branches; branches without a
-    /// reference get those of another, which they do not look at. `None` where no branch has one.
+    /// The reference's keys and values at a timestep, of the branches that look at it, which are the first ones; `None`
+    /// where no branch does.
     fn key_values(&self, conditions: &Conditions, timestep: usize, options: &Options) -> Result<Option<KeyValues>> {
         let (Some(kv_encoder), Some(text)) = (self.encoder.kv_encoder(), &conditions.encoder_text) else {
             return Ok(None);
@@ -312,23 +306,7 @@ impl Personalizer {
             true => base.schedule.add_noise(&conditions.reference_latents, &conditions.noise, &timesteps)?,
             false => conditions.reference_latents.clone(),
         };
-        let encoded = kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?;
-        let kinds = &conditions.reference_texts;
-        let places: Vec<usize> = conditions
-            .branches
-            .iter()
-            .map(|branch| kinds.iter().position(|kind| branch.reference == Some(*kind)).unwrap_or(0))
-            .collect();
-        if places.iter().copied().eq(0..kinds.len()) {
-            return Ok(Some(encoded));
-        }
-        let size = text.batch() / kinds.len();
-        let arranged = encoded.map(|_, tensor| {
-            let parts: Vec<Tensor> =
-                places.iter().map(|place| tensor.narrow(0, place * size, size)).collect::<candle_core::Result<_>>()?;
-            Ok(Tensor::cat(&parts, 0)?)
-        })?;
-        Ok(Some(arranged))
+        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?))
     }
 
     fn predict(&self, conditions: &Conditions, latents: &Tensor, timestep: usize, options: &Options) -> Result<Tensor> {
@@ -362,8 +340,7 @@ struct Conditions {
     /// Of all branches, one after the other.
     text: Conditioning,
     image: ImageTokens,
-    /// What the KV encoder runs with, one after the other, and in which branches its results are used.
-    reference_texts: Vec<ReferenceText>,
+    /// Of the branches that look at the reference.
     encoder_text: Option<Conditioning>,
     reference_latents: Tensor,
     noise: Tensor,

@@ -210,6 +210,7 @@ impl StepLosses<'_> {
             image_tokens: Some(conditions.image_tokens.clone()),
             freeu: None,
             recompute: self.config.recompute,
+            keep_attention: self.config.keep_attention,
             ..Pass::default()
         }
     }

@@ -129,7 +129,8 @@ pub(super) fn arguments(
         tokens: tokens[0],
         own_tokens: tokens[1],
         reference_tokens: tokens[3],
-        reference_batch: counts[3],
+        // A reference of the first samples only counts as one for all: the flags keep the kernels from the others'.
+        reference_batch: if counts[3] == 1 { 1 } else { counts[0] },
         dtype: dtype_code(NAME, inputs[0].dtype())?,
         causal: i32::from(attention.mask == Mask::Causal),
         rows,

@@ -62,7 +62,8 @@ pub fn attention(
 }
 
 /// [`attention`] over two sources of which some samples of the batch see the first alone (classifier-free guidance runs
-/// samples with and without a reference in one batch). `sees_reference`: one a sample.
+/// samples with and without a reference in one batch). `sees_reference`: one a sample. Where no gradient is asked for,
+/// the reference may have fewer samples than the batch, if those beyond do not see it.
 ///
 /// # Errors
 /// As [`attention`], and where the number of flags is not that of the samples.
@@ -102,7 +103,9 @@ pub fn attention_packed(
         return Err(Error::argument("attention", "packed", expected, format!("{:?}", packed.dims())));
     }
     #[cfg(feature = "cuda")]
-    if packed.device().is_cuda() && reference.is_none_or(|(k, v)| suits(packed, width / 3, k, v)) {
+    if packed.device().is_cuda()
+        && reference.is_none_or(|reference| suits(packed, width / 3, reference, sees_reference))
+    {
         let flags = sees_reference.filter(|sees| reference.is_some() && sees.len() == batch && sees.contains(&false));
         let sees_reference = flags.map(Arc::from);
         let function = Attention { heads, mask: Mask::None, packing: Packing::QueryKeyValue, sees_reference };
@@ -121,9 +124,15 @@ pub fn attention_packed(
 
 /// Whether reference keys and values fit packed queries; where not, [`attention`] says what is wrong.
 #[cfg(feature = "cuda")]
-fn suits(packed: &Tensor, channels: usize, keys: &Tensor, values: &Tensor) -> bool {
+fn suits(packed: &Tensor, channels: usize, (keys, values): (&Tensor, &Tensor), sees: Option<&[bool]>) -> bool {
     let batch = packed.dims()[0];
-    let fits = |t: &Tensor| t.rank() == 3 && t.dims()[2] == channels && (t.dims()[0] == batch || t.dims()[0] == 1);
+    let tracked = [packed, keys, values].iter().any(|tensor| tensor.track_op());
+    let enough = |samples: usize| match sees {
+        _ if samples == batch || samples == 1 => true,
+        Some(sees) => !tracked && samples < batch && sees.len() == batch && !sees[samples..].contains(&true),
+        None => false,
+    };
+    let fits = |t: &Tensor| t.rank() == 3 && t.dims()[2] == channels && enough(t.dims()[0]);
     let alike = |t: &Tensor| t.dtype() == packed.dtype() && t.device().same_device(packed.device());
     keys.dims() == values.dims() && fits(keys) && alike(keys) && alike(values)
 }
@@ -169,8 +178,20 @@ fn attend(
     let mut inputs = vec![q, own.0, own.1];
     let mut tokens = own_tokens;
     if let Some((keys, values)) = reference {
-        let (key_batch, reference_tokens) = fits("reference keys", keys, true, None)?;
-        let (value_batch, _) = fits("reference values", values, true, Some(reference_tokens))?;
+        // A reference for the first samples only: as if it were for all, since the others do not look.
+        let present = keys.dims().first().copied().unwrap_or(0);
+        let tracked = [q, own.0, own.1, keys, values].iter().any(|tensor| tensor.track_op());
+        let unseen =
+            sees_reference.as_ref().is_some_and(|sees| present > 1 && !sees[present.min(batch)..].contains(&true));
+        let enough = unseen && present < batch && !tracked && keys.dims() == values.dims();
+        let whole = |tensor: &Tensor| match (enough, tensor.dims()) {
+            (true, [_, tokens, width]) => {
+                tensor.narrow(0, 0, 1).and_then(|one| one.broadcast_as((batch, *tokens, *width)))
+            }
+            _ => Ok(tensor.clone()),
+        };
+        let (key_batch, reference_tokens) = fits("reference keys", &whole(keys)?, true, None)?;
+        let (value_batch, _) = fits("reference values", &whole(values)?, true, Some(reference_tokens))?;
         if value_batch != key_batch {
             return wrong("reference values", format!("batch {key_batch}, as the keys"), value_batch.to_string());
         }
@@ -202,6 +223,7 @@ enum Packing {
 struct Attention {
     heads: usize,
     mask: Mask,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU takes packed tensors apart"))]
     packing: Packing,
     /// Which samples see the reference; all, where there are no flags.
     sees_reference: Option<Arc<[bool]>>,

@@ -303,6 +303,15 @@ fn samples_that_do_not_see_the_reference_attend_to_their_own_keys_alone() -> Res
     for (sample, expected) in [(0, &with), (1, &without), (2, &with)] {
         assert_eq!(distance(&mixed.get(sample)?, &expected.get(sample)?)?, 0.0, "sample {sample}");
     }
+    // The samples that see it may be all the reference has.
+    let first_two = [normal("k3", &[2, 4, 8])?, normal("v3", &[2, 4, 8])?];
+    let partial = attention_where(&inputs[0], own, (&first_two[0], &first_two[1]), &[true, true, false], 2)?;
+    assert_eq!(distance(&partial.get(2)?, &without.get(2)?)?, 0.0);
+    let narrow = |t: &Tensor| t.narrow(0, 0, 2);
+    let q2 = narrow(&inputs[0])?;
+    let own2 = (narrow(own.0)?, narrow(own.1)?);
+    let pair = attention(&q2, (&own2.0, &own2.1), Some((&first_two[0], &first_two[1])), 2, Mask::None)?;
+    assert_eq!(distance(&partial.narrow(0, 0, 2)?, &pair)?, 0.0);
     let check = check_gradients(&inputs, |t| {
         Ok(vec![attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[true, false, true], 2)?])
     })?;

@@ -8,7 +8,7 @@ use crate::autograd::{Backward, Forward};
 use crate::cuda::{Buffer, Gemm, Operand, add_channels, cuda_device, gemm, pointer, sum_rows};
 
 /// A plain product of two operands into fresh memory of a shape.
-pub(super) fn product(
+pub(crate) fn product(
     left: (&Tensor, Operand),
     right: Operand,
     (bias, residual): (Option<&Tensor>, Option<&Tensor>),
@@ -36,7 +36,7 @@ pub(super) fn product(
     Ok(out)
 }
 
-fn matrix(tensor: &Tensor, rows: usize, columns: usize) -> Result<Operand> {
+pub(crate) fn matrix(tensor: &Tensor, rows: usize, columns: usize) -> Result<Operand> {
     Ok(Operand::new(pointer("linear", tensor)?, rows, columns))
 }
 

@@ -27,6 +27,7 @@ impl TrainConfig {
             train_batch_size: 8,
             gradient_accumulation_steps: 1,
             recompute: true,
+            keep_attention: false,
             update_mode: UpdateMode::Joint,
             data: DataConfig {
                 resolution: 1024,

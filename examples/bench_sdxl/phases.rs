@@ -1,0 +1,120 @@
+//! The parts of a training iteration, each by itself.
+
+use candle_core::{DType, Tensor, Var};
+use lcm_lookahead::autograd::with_large_stack;
+use lcm_lookahead::lookahead::{ImageLoss, PreviewForm, preview};
+use lcm_lookahead::nn::Parameters;
+use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, ParameterGroup};
+use lcm_lookahead::{Base, Conditioning, FaceEncoder, KeyValues, Loras, Pass, Result};
+
+use crate::measure::Report;
+use crate::networks::{RESOLUTION, base, trainable_encoder};
+use crate::unet::{FORWARD, random_inputs};
+
+pub fn measure(report: &mut Report, batches: &[usize]) -> Result<()> {
+    let base = base(&report.device)?;
+    let (encoder, parameters) = trainable_encoder(&base.unet, &report.device)?;
+    for &batch in batches {
+        with_large_stack(|| Parts { report, base: &base, encoder: &encoder, batch }.measure())?;
+    }
+    optimizer(report, &parameters)
+}
+
+struct Parts<'a> {
+    report: &'a Report,
+    base: &'a Base,
+    encoder: &'a FaceEncoder,
+    batch: usize,
+}
+
+/// Gradient of a sum of tensors: as good as any other, and costs next to nothing.
+fn differentiate<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
+    let mut total: Option<Tensor> = None;
+    for tensor in tensors {
+        let sum = tensor.to_dtype(DType::F32)?.sum_all()?;
+        total = Some(match total {
+            None => sum,
+            Some(total) => (total + sum)?,
+        });
+    }
+    if let Some(total) = total {
+        total.backward()?;
+    }
+    Ok(())
+}
+
+impl Parts<'_> {
+    fn measure(&self) -> Result<()> {
+        let (report, base, batch) = (self.report, self.base, self.batch);
+        let (latents, conditioning) = random_inputs(batch, &report.device)?;
+        let timesteps = vec![300; batch];
+        let work = FORWARD * batch as f64;
+        let name = |what: &str| format!("{what} B{batch}");
+
+        let Some(kv_encoder) = self.encoder.kv_encoder() else { return Ok(()) };
+        let encode = || kv_encoder.encode(&base.unet, &latents, &timesteps, &conditioning, true);
+        report.line(&name("KV encoder, forward"), work, 3, || encode().map(|_| ()))?;
+        report.line(&name("KV encoder, forward and backward"), 3.0 * work, 3, || {
+            differentiate(encode()?.iter().flat_map(|(_, (key, value))| [key, value]))
+        })?;
+
+        let features = Tensor::randn(0f32, 1.0, (batch, 257, 1280), &report.device)?.to_dtype(DType::BF16)?;
+        let tokens = self.encoder.tokens(&features, &features.narrow(0, 0, 1)?)?;
+        let image_tokens = || self.encoder.image_tokens(&tokens.conditional.detach(), 1.0);
+        report.line(&name("image tokens, forward and backward"), 0.0, 3, || {
+            differentiate(image_tokens()?.key_values.iter().flat_map(|(_, (key, value))| [key, value]))
+        })?;
+
+        let variables =
+            |key_values: &KeyValues| key_values.map(|_, tensor| Ok(Var::from_tensor(&tensor.detach())?.into_inner()));
+        let mut image_tokens = image_tokens()?;
+        image_tokens.key_values = variables(&image_tokens.key_values)?;
+        let pass = Pass {
+            reference: Some(variables(&encode()?)?),
+            image_tokens: Some(image_tokens),
+            recompute: true,
+            ..Pass::default()
+        };
+        self.denoiser("denoiser", &latents, &timesteps, &conditioning, &pass)?;
+        let kept = Pass { keep_attention: true, ..pass.clone() };
+        self.denoiser("denoiser, attention kept", &latents, &timesteps, &conditioning, &kept)?;
+        let lcm = Pass { loras: Loras::one(&base.lcm_lora, 0.7), ..pass };
+        self.denoiser("preview denoiser", &latents, &timesteps, &conditioning, &lcm)?;
+
+        let prediction = Var::from_tensor(&latents)?;
+        let pictures = Tensor::rand(-1f32, 1.0, (batch, 3, RESOLUTION, RESOLUTION), &report.device)?;
+        let pictures = pictures.to_dtype(DType::BF16)?;
+        report.line(&name("decoder and identity loss, forward and backward"), 0.0, 3, || {
+            let clean = preview(&base.schedule, &latents, prediction.as_tensor(), &timesteps, PreviewForm::Equation3)?;
+            let loss = base.identity_loss().loss(&base.preview_decoder.decode(&clean)?, &pictures)?;
+            differentiate([&loss.loss])
+        })?;
+        Ok(())
+    }
+
+    fn denoiser(
+        &self,
+        what: &str,
+        latents: &Tensor,
+        timesteps: &[usize],
+        conditioning: &Conditioning,
+        pass: &Pass,
+    ) -> Result<()> {
+        let what = format!("{what}, extended, forward and backward B{}", self.batch);
+        self.report.line(&what, 3.0 * FORWARD * self.batch as f64, 3, || {
+            differentiate([&self.base.unet.forward(latents, timesteps, conditioning, pass)?])
+        })?;
+        Ok(())
+    }
+}
+
+fn optimizer(report: &Report, parameters: &Parameters) -> Result<()> {
+    let group = ParameterGroup { parameters: parameters.clone(), learning_rate: 0.0, weight_decay: 0.0 };
+    let mut optimizer = AdamW::new(vec![group], AdamWConfig::default())?;
+    let mut gradients = Gradients::new();
+    for (name, variable) in parameters.all() {
+        gradients.insert(name, variable.as_detached_tensor());
+    }
+    report.line("AdamW with clipping", 0.0, 5, || optimizer.clip_and_step(gradients.clone(), 1.0, 1.0).map(|_| ()))?;
+    Ok(())
+}

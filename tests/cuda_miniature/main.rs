@@ -1,0 +1,48 @@
+//! Networks, training and sampling on the GPU against the same on the CPU.
+//!
+//! Needs the feature `cuda` and a GPU; without one every test says that it was skipped.
+#![cfg(feature = "cuda")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod networks;
+mod optimizer;
+mod sampling;
+mod training;
+
+use candle_core::{DType, Device, Tensor};
+use lcm_lookahead::cuda;
+use lcm_lookahead::random::Address;
+
+/// The GPU, or `None` and a line that says why the test was skipped.
+fn gpu() -> Option<Device> {
+    match cuda::open(0) {
+        Ok(device) => Some(device),
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+fn random(purpose: &'static str, shape: &[usize]) -> Tensor {
+    Address::new(11, purpose).normal(shape, DType::F32, &Device::Cpu).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// `||a - b||^2` and `||b||^2`, in f64.
+fn squares(a: &Tensor, b: &Tensor) -> (f64, f64) {
+    assert_eq!(a.dims(), b.dims());
+    let (a, b) = (numbers(a), numbers(b));
+    let difference = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
+    (difference, b.iter().map(|b| b * b).sum())
+}
+
+/// `||a - b|| / ||b||`; infinite where a number is not finite.
+fn error(a: &Tensor, b: &Tensor) -> f64 {
+    let (difference, norm) = squares(a, b);
+    if difference.is_finite() { (difference / norm.max(1e-300)).sqrt() } else { f64::INFINITY }
+}

@@ -1,0 +1,276 @@
+//! Every network at a tiny random configuration: what it computes, and the gradient into its input.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use lcm_lookahead::Result;
+use lcm_lookahead::mini::MiniConfig;
+use lcm_lookahead::models::identity::IdentityNetwork;
+use lcm_lookahead::models::roles::{ImageEncoder, LatentDecoder, LatentEncoder};
+use lcm_lookahead::models::unet::{Conditioning, FreeU, Pass, UNet};
+use lcm_lookahead::models::{
+    autoencoder_kl, clip_text, clip_vision, ir_resnet, iresnet, lpips, mini_face_locator, mini_identity,
+    mobile_face_net, resampler, sface, taesd, yunet,
+};
+use lcm_lookahead::nn::{Parameters, Weights};
+use lcm_lookahead::random::Address;
+
+use crate::{error, gpu, random};
+
+type Run = Box<dyn Fn(&Tensor) -> Result<Vec<Tensor>>>;
+
+/// The outputs, and the gradient of a random weighting of them into the input.
+fn run(network: &Run, input: &Tensor, differentiable: bool) -> Result<Vec<Tensor>> {
+    if !differentiable {
+        return network(input);
+    }
+    let input = Var::from_tensor(input)?;
+    let mut outputs = network(&input)?;
+    let mut loss = Tensor::zeros((), DType::F32, input.device())?;
+    for output in &outputs {
+        let weights = random("gradient of the output", output.dims()).to_device(output.device())?;
+        loss = (loss + (output.to_dtype(DType::F32)? * weights)?.sum_all()?)?;
+    }
+    let gradients = loss.backward()?;
+    outputs.push(gradients.get(&input).expect("the input has a gradient").clone());
+    Ok(outputs)
+}
+
+/// Collects what lies too far apart, so that one run tells all.
+#[derive(Default)]
+struct Report {
+    failures: Vec<String>,
+}
+
+impl Report {
+    /// Compares a network on the GPU, in f32 and bf16, with the CPU in f32, on weights and inputs exact in both.
+    fn compare(
+        &mut self,
+        name: &str,
+        input: &Tensor,
+        differentiable: bool,
+        load: impl Fn(&Weights, DType, &Device) -> Result<Run>,
+    ) {
+        if let Some(device) = gpu()
+            && let Err(error) = compare(&device, name, (input, differentiable), load, &mut self.failures)
+        {
+            self.failures.push(format!("{name}: {error}"));
+        }
+    }
+
+    fn finish(self) {
+        assert!(self.failures.is_empty(), "{:#?}", self.failures);
+    }
+}
+
+fn compare(
+    device: &Device,
+    name: &str,
+    (input, differentiable): (&Tensor, bool),
+    load: impl Fn(&Weights, DType, &Device) -> Result<Run>,
+    failures: &mut Vec<String>,
+) -> Result<()> {
+    let parameters = Parameters::new();
+    let _ = load(&Weights::trainable(&parameters, 5, DType::F32, &Device::Cpu), DType::F32, &Device::Cpu)?;
+    for (dtype, limit) in [(DType::F32, 1e-4), (DType::BF16, 2e-2)] {
+        let weights = |as_dtype: DType, device: &Device| -> Result<Weights> {
+            let place = |(name, variable): (String, Var)| -> Result<(String, Tensor)> {
+                let rounded = variable.as_detached_tensor().to_dtype(dtype)?;
+                Ok((name, rounded.to_dtype(as_dtype)?.to_device(device)?))
+            };
+            let tensors = parameters.all().into_iter().map(place).collect::<Result<HashMap<_, _>>>()?;
+            Ok(Weights::frozen("random weights", tensors))
+        };
+        let rounded = if input.dtype().is_float() { input.to_dtype(dtype)? } else { input.clone() };
+        let exact = if input.dtype().is_float() { rounded.to_dtype(DType::F32)? } else { input.clone() };
+        let on_cpu = load(&weights(DType::F32, &Device::Cpu)?, DType::F32, &Device::Cpu)?;
+        let on_gpu = load(&weights(dtype, device)?, dtype, device)?;
+        let expected = run(&on_cpu, &exact, differentiable)?;
+        let found = run(&on_gpu, &rounded.to_device(device)?, differentiable)?;
+        let count = expected.len();
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let what = match differentiable && i + 1 == count {
+                true => "gradient of the input".to_string(),
+                false => format!("output {i}"),
+            };
+            let error = error(found, expected);
+            println!("{name} {dtype:?} {what}: {error:.2e}");
+            // The comparison is false for NaN too.
+            if !(error < limit) {
+                failures.push(format!("{name} {dtype:?}, {what}: error {error:.2e}, limit {limit:.0e}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn images(size: usize) -> Tensor {
+    (random("images", &[2, 3, size, size]) * 0.5).unwrap()
+}
+
+#[test]
+fn the_unet_equals_the_cpu() -> Result<()> {
+    let mut report = Report::default();
+    let config = MiniConfig::tiny().unet;
+    for freeu in [None, Some(FreeU::sdxl())] {
+        report.compare("unet", &random("latents", &[2, 4, 8, 8]), true, |weights, dtype, device| {
+            let unet = UNet::load(&config, weights)?;
+            let place = |tensor: Tensor| -> Result<Tensor> { Ok(tensor.to_dtype(dtype)?.to_device(device)?) };
+            let rounded = |tensor: Tensor| -> Result<Tensor> { place(tensor.to_dtype(DType::BF16)?) };
+            let text = rounded(random("text", &[2, 7, config.cross_attention_dim]))?;
+            let conditioning = Conditioning::square(text, rounded(random("pooled", &[2, config.pooled_dim]))?, 32);
+            let pass = Pass { freeu, ..Pass::default() };
+            Ok(Box::new(move |x| Ok(vec![unet.forward(x, &[20, 700], &conditioning, &pass)?])))
+        });
+    }
+    report.finish();
+    Ok(())
+}
+
+#[test]
+fn autoencoders_equal_the_cpu() -> Result<()> {
+    let mut report = Report::default();
+    let taesd = MiniConfig::tiny().autoencoder;
+    let config = taesd.clone();
+    report.compare("taesd encode", &images(16), true, move |weights, _, _| {
+        let network = taesd::Taesd::load(&config, weights)?;
+        Ok(Box::new(move |x| Ok(vec![network.encode(x)?])))
+    });
+    report.compare("taesd decode", &random("latents", &[2, 4, 4, 4]), true, move |weights, _, _| {
+        let network = taesd::Taesd::load(&taesd, weights)?;
+        Ok(Box::new(move |x| Ok(vec![network.decode(x)?])))
+    });
+    // The second has a head too wide for one kernel, as the published autoencoder has.
+    for (widths, groups) in [(vec![8, 16], 4), (vec![16, 272], 16)] {
+        let config = autoencoder_kl::Config {
+            block_out_channels: widths.clone(),
+            layers_per_block: 1,
+            norm_num_groups: groups,
+            ..autoencoder_kl::Config::sdxl()
+        };
+        let decoder = config.clone();
+        report.compare(&format!("autoencoder_kl encode {widths:?}"), &images(16), true, move |weights, _, _| {
+            let network = autoencoder_kl::AutoencoderKl::load(&config, weights)?;
+            Ok(Box::new(move |x| Ok(vec![LatentEncoder::encode(&network, x, Address::new(3, "posterior"))?])))
+        });
+        let latents = random("latents", &[2, 4, 6, 5]);
+        report.compare(&format!("autoencoder_kl decode {widths:?}"), &latents, true, move |weights, _, _| {
+            let network = autoencoder_kl::AutoencoderKl::load(&decoder, weights)?;
+            Ok(Box::new(move |x| Ok(vec![LatentDecoder::decode(&network, x)?])))
+        });
+    }
+    report.finish();
+    Ok(())
+}
+
+#[test]
+fn clip_and_the_resampler_equal_the_cpu() -> Result<()> {
+    let mut report = Report::default();
+    let tiny = MiniConfig::tiny();
+    let end = tiny.text_encoder.eos_token_id;
+    let ids = Tensor::new(&[[1u32, 2, 3, end], [4, 5, end, end]], &Device::Cpu)?;
+    report.compare("clip_text", &ids, false, |weights, _, _| {
+        let network = clip_text::ClipText::load(&tiny.text_encoder, weights)?;
+        Ok(Box::new(move |x| {
+            let text = network.forward(x)?;
+            Ok(vec![text.hidden_states, text.pooled])
+        }))
+    });
+    for size in [32, 48] {
+        report.compare("clip_vision features", &images(size), true, |weights, _, _| {
+            let network = clip_vision::ClipVision::load(&tiny.image_encoder, weights)?;
+            Ok(Box::new(move |x| Ok(vec![network.features(x)?])))
+        });
+    }
+    report.compare("clip_vision", &images(32), true, |weights, _, _| {
+        let network = clip_vision::ClipVision::load(&tiny.image_encoder, weights)?;
+        Ok(Box::new(move |x| {
+            let image = network.forward(x)?;
+            Ok(vec![image.hidden_states, image.pooled])
+        }))
+    });
+    report.compare("resampler", &random("features", &[2, 17, tiny.resampler.embedding_dim]), true, |weights, _, _| {
+        let network = resampler::Resampler::load(&tiny.resampler, weights)?;
+        Ok(Box::new(move |x| Ok(vec![network.forward(x)?])))
+    });
+    report.finish();
+    Ok(())
+}
+
+#[test]
+fn identity_networks_equal_the_cpu() -> Result<()> {
+    let mut report = Report::default();
+    fn embed(network: impl IdentityNetwork + 'static) -> Result<Run> {
+        Ok(Box::new(move |x| Ok(vec![network.embed(x)?])))
+    }
+    let tiny = MiniConfig::tiny().identity_network;
+    report.compare("mini_identity", &images(tiny.crop_size), true, |weights, _, _| {
+        embed(mini_identity::MiniIdentity::load(&tiny, weights)?)
+    });
+    for se_reduction in [Some(2), None] {
+        let config = ir_resnet::Config {
+            crop_size: 16,
+            input_width: 8,
+            widths: vec![8, 12],
+            blocks: vec![2, 1],
+            se_reduction,
+            dimension: 16,
+            affine_output: true,
+        };
+        report.compare("ir_resnet", &images(16), true, |weights, _, _| {
+            embed(ir_resnet::IrResnet::load(&config, weights)?)
+        });
+    }
+    let config = iresnet::Config { crop_size: 16, widths: [8, 8, 8, 8], layers: [1, 1, 1, 1], dimension: 16 };
+    report.compare("iresnet", &images(16), true, |weights, _, _| embed(iresnet::IResnet::load(&config, weights)?));
+    let config =
+        sface::Config { crop_size: 8, input_width: 8, widths: vec![8, 16], strides: vec![1, 2], dimension: 16 };
+    report.compare("sface", &images(8), true, |weights, _, _| embed(sface::SFace::load(&config, weights)?));
+    let stage = |expansion, width, stride| mobile_face_net::Stage { expansion, width, blocks: 1, stride };
+    let config = mobile_face_net::Config {
+        crop_size: 16,
+        input_width: 8,
+        stages: vec![stage(8, 8, 2), stage(16, 8, 1)],
+        dimension: 16,
+        ..mobile_face_net::Config::fr_feature()
+    };
+    report.compare("mobile_face_net", &images(16), true, |weights, _, _| {
+        embed(mobile_face_net::MobileFaceNet::load(&config, weights)?)
+    });
+    report.finish();
+    Ok(())
+}
+
+#[test]
+fn face_locators_and_lpips_equal_the_cpu() -> Result<()> {
+    let mut report = Report::default();
+    let tiny = MiniConfig::tiny().face_locator;
+    for size in [16, 24] {
+        report.compare("mini_face_locator", &images(size), true, |weights, _, _| {
+            let network = mini_face_locator::MiniFaceLocator::load(&tiny, weights)?;
+            Ok(Box::new(move |x| {
+                let prediction = network.forward(x)?;
+                Ok(vec![prediction.landmarks, prediction.presence])
+            }))
+        });
+    }
+    let config = yunet::Config { widths: [8, 8, 8, 8, 8, 8], ..yunet::Config::yunet() };
+    report.compare("yunet", &images(40), true, |weights, _, _| {
+        let network = yunet::YuNet::load(&config, weights)?;
+        Ok(Box::new(move |x| {
+            let levels = network.levels(x)?;
+            Ok(levels.into_iter().flat_map(|l| [l.scores, l.objectness, l.boxes, l.landmarks]).collect())
+        }))
+    });
+    for config in [lpips::Config::alex(), lpips::Config::vgg()] {
+        let config = lpips::Config { widths: [8, 8, 16, 16, 16], ..config };
+        report.compare(&format!("lpips {:?}", config.backbone), &images(35), true, |weights, dtype, device| {
+            let network = lpips::Lpips::load(&config, weights, weights)?;
+            let other = random("other images", &[2, 3, 35, 35]).to_dtype(DType::BF16)?;
+            let other = other.to_dtype(dtype)?.to_device(device)?;
+            Ok(Box::new(move |x| Ok(vec![network.forward(x, &other)?])))
+        });
+    }
+    report.finish();
+    Ok(())
+}
