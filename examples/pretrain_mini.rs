@@ -1,14 +1,17 @@
 //! Trains the miniature's networks from nothing, stage by stage.
 
+mod support;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
+use lcm_lookahead::Result;
 use lcm_lookahead::autograd::with_large_stack;
 use lcm_lookahead::mini::pretrain::{self, Options};
-use lcm_lookahead::{Error, Result};
+use support::Compute;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Stage {
@@ -50,12 +53,8 @@ struct Arguments {
     /// Stop after so many updates even if time is left.
     #[arg(long)]
     steps: Option<u64>,
-    /// Where to train: cpu, cuda or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// What networks compute in: f32, or on a GPU bf16. What is trained is f32 either way.
-    #[arg(long, default_value = "f32")]
-    dtype: String,
+    #[command(flatten)]
+    compute: Compute,
     /// Worker threads; all cores unless given. On a GPU they draw portraits only.
     #[arg(long)]
     threads: Option<usize>,
@@ -88,24 +87,7 @@ struct Arguments {
     to: f64,
 }
 
-fn device(name: &str) -> Result<Device> {
-    let ordinal = match name.split_once(':') {
-        None if name == "cpu" => return Ok(Device::Cpu),
-        None if name == "cuda" => 0,
-        Some(("cuda", ordinal)) => ordinal.parse().map_err(|_| wrong("--device", "cpu, cuda or cuda:N", name))?,
-        _ => return Err(wrong("--device", "cpu, cuda or cuda:N", name)),
-    };
-    #[cfg(feature = "cuda")]
-    return lcm_lookahead::cuda::open(ordinal);
-    #[cfg(not(feature = "cuda"))]
-    Err(wrong("--device", "a build with the feature cuda", &format!("GPU {ordinal}")))
-}
-
-fn wrong(argument: &'static str, expected: &str, found: &str) -> Error {
-    Error::Argument { function: "pretrain_mini", argument, expected: expected.into(), found: found.into() }
-}
-
-fn run(arguments: Arguments) -> Result<()> {
+fn run(arguments: Arguments, device: Device, dtype: DType) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |count| count.get());
     let options = Options {
         out: arguments.out,
@@ -113,12 +95,8 @@ fn run(arguments: Arguments) -> Result<()> {
         budget: Duration::from_secs_f64(arguments.seconds.unwrap_or(60.0 * arguments.minutes).max(0.0)),
         steps: arguments.steps,
         threads: arguments.threads.unwrap_or(cores),
-        device: device(&arguments.device)?,
-        dtype: match arguments.dtype.as_str() {
-            "f32" => DType::F32,
-            "bf16" => DType::BF16,
-            other => return Err(wrong("--dtype", "f32 or bf16", other)),
-        },
+        device,
+        dtype,
         batch: arguments.batch,
         learning_rate: arguments.lr,
         pool: arguments.pool.max(8),
@@ -132,7 +110,7 @@ fn run(arguments: Arguments) -> Result<()> {
     match arguments.stage {
         Stage::Draw => {
             let file = options.pool_file.clone().unwrap_or_else(|| options.out.join("pool.safetensors"));
-            pretrain::Pool::draw(&options, 0)?.save(&file)
+            pretrain::Pool::draw(&options, 0).and_then(|pool| pool.save(&file))
         }
         Stage::Init => pretrain::init(&options.out, options.seed),
         Stage::Autoencoder => pretrain::autoencoder(&options),
@@ -152,12 +130,8 @@ fn main() -> ExitCode {
     // for each other.
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    let arguments = Arguments::parse();
-    match with_large_stack(|| run(arguments)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::main(|arguments: Arguments| {
+        let (device, dtype) = (arguments.compute.open()?, arguments.compute.dtype(DType::F32)?);
+        Ok(with_large_stack(|| run(arguments, device, dtype))?)
+    })
 }
