@@ -31,6 +31,12 @@ impl Config {
         Config { crop_size: 64, widths: vec![16, 32, 64, 96], group_width: 8, dimension: 64 }
     }
 
+    /// Another one, wider, shallower and on smaller crops, that no training looks at: it judges what is trained with
+    /// the first.
+    pub fn held_out() -> Self {
+        Config { crop_size: 48, widths: vec![24, 48, 96], group_width: 8, dimension: 96 }
+    }
+
     fn final_side(&self) -> usize {
         self.crop_size.checked_shr(self.widths.len() as u32).unwrap_or(0)
     }

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use rand::Rng;
 
-use super::encoded::{Captions, Encoded, Encoders, PER_IDENTITY, noise_loss};
+use super::encoded::{Captions, Encoded, Encoders, noise_loss};
 use super::files::load_stages;
-use super::sampling::{sample, sheet_of};
+use super::pool::PER_IDENTITY;
+use super::sampling::{piece, sample, sheet_of};
 use super::training::{MicroBatch, Options, Recipe, train};
 use super::workers::Workers;
 use crate::data::save_png;
@@ -20,25 +21,25 @@ use crate::random::Address;
 use crate::schedule::NoiseSchedule;
 use crate::{Error, Result};
 
-/// Trains resampler and image attention on the frozen denoiser. The conditioning image is the picture itself or, as
+/// Trains resampler and image attention on the frozen denoiser. The conditioning image is the picture itself or, more
 /// often, another one of the same person; a tenth of the samples has none, and a tenth no text. Then samples.
 ///
 /// # Errors
 /// Those of [`train`].
 pub fn adapter(options: &Options) -> Result<()> {
-    let (workers, config, schedule) = (Workers::new(options.threads)?, MiniConfig::mini(), NoiseSchedule::sdxl());
-    let encoders = Encoders::load(&options.out)?;
-    let pool = Encoded::draw(&workers, options, &encoders, true)?;
-    let unet = config.load_unet(&load_stages(&options.out, &["denoiser"])?)?;
+    let (workers, config, schedule) = (options.workers()?, MiniConfig::mini(), NoiseSchedule::sdxl());
+    let encoders = Encoders::load(options)?;
+    let pool = Encoded::new(&workers, options, &encoders, true)?;
+    let unet = config.load_unet(&load_stages(options, &["denoiser"])?)?;
     let null_features = encoders.vision.null_features()?.detach();
     let parameters = Parameters::new();
     let shape = FaceEncoderConfig { kv_encoder: None, ..config.face_encoder() };
     let load = |weights: &Weights| FaceEncoder::load(&shape, &unet, &weights.pp("adapter"), weights);
-    let face = load(&Weights::trainable(&parameters, options.seed, DType::F32, &Device::Cpu))?;
+    let face = load(&options.trainable(&parameters))?;
     let recipe = Recipe {
         stage: "adapter",
         parameters: &parameters,
-        batch: 32,
+        batch: options.batch_or(32, 256),
         learning_rate: 1e-3,
         weight_decay: 1e-2,
         ema_decay: 0.995,
@@ -50,11 +51,11 @@ pub fn adapter(options: &Options) -> Result<()> {
         let features = conditioning_features(&pool, micro, &batch.portraits, &null_features)?;
         let tokens = face.tokens(&features, &null_features)?;
         let pass = Pass { image_tokens: Some(face.image_tokens(&tokens.conditional, 1.0)?), ..Pass::default() };
-        let prediction = unet.forward(&batch.noisy, &batch.timesteps, &batch.conditioning, &pass)?;
+        let prediction = unet.forward(&options.input(&batch.noisy)?, &batch.timesteps, &batch.conditioning, &pass)?;
         Ok(noise_loss(&prediction, &batch, &schedule)?.into())
     })?;
 
-    let face = load(&load_stages(&options.out, &["adapter"])?)?;
+    let face = load(&load_stages(options, &["adapter"])?)?;
     samples(options, &workers, &encoders, &unet, &face, &pool, &null_features)
 }
 
@@ -65,23 +66,24 @@ fn conditioning_features(
     portraits: &[usize],
     null_features: &Tensor,
 ) -> Result<Tensor> {
-    let mut generators = micro.each("conditioning image", Address::rng).into_iter();
-    let mut rows = Vec::with_capacity(portraits.len());
-    for portrait in portraits {
-        let Some(mut rng) = generators.next() else { break };
-        let first = portrait - portrait % PER_IDENTITY;
-        let shown = match rng.random_bool(0.5) {
-            true => *portrait,
-            false => (first + rng.random_range(0..PER_IDENTITY)).min(pool.photos.len() - 1),
-        };
-        rows.push(if rng.random_bool(0.1) { null_features.clone() } else { features(pool, shown)? });
-    }
-    Ok(Tensor::cat(&rows, 0)?)
+    let draws = micro.each("conditioning image", |address: Address| {
+        let mut rng = address.rng();
+        (rng.random_bool(0.4), rng.random_range(0..PER_IDENTITY), rng.random_bool(0.1))
+    });
+    let shown = portraits.iter().zip(&draws).map(|(portrait, (same, other, _))| match same {
+        true => *portrait,
+        false => (portrait - portrait % PER_IDENTITY + other).min(pool.pool.len() - 1),
+    });
+    let features = features(pool, &shown.collect::<Vec<_>>())?;
+    let none: Vec<f32> = draws.iter().map(|(.., none)| if *none { 1.0 } else { 0.0 }).collect();
+    let none = Tensor::from_vec(none, (draws.len(), 1, 1), features.device())?.to_dtype(features.dtype())?;
+    let kept = features.broadcast_mul(&none.affine(-1.0, 1.0)?)?;
+    Ok((kept + null_features.broadcast_mul(&none)?)?)
 }
 
-fn features(pool: &Encoded, portrait: usize) -> Result<Tensor> {
+fn features(pool: &Encoded, portraits: &[usize]) -> Result<Tensor> {
     let missing = || Error::argument("adapter", "pool", "image features", "none");
-    pool.features(&[portrait])?.ok_or_else(missing)
+    pool.features(portraits)?.ok_or_else(missing)
 }
 
 /// For some people: the conditioning image, and samples of three prompts.
@@ -100,18 +102,19 @@ fn samples(
         "an oil painting of a face",
         "a pop art print of a face",
     ];
-    let people = 8.min(pool.photos.len() / PER_IDENTITY);
-    let pictures = workers.map(people * prompts.len(), 1, |range| {
-        let (person, prompt) = (range.start % people, prompts[range.start / people]);
-        let features = features(pool, person * PER_IDENTITY)?;
-        let AdapterTokens { conditional, unconditional } = face.tokens(&features, null_features)?;
+    let people = 8.min(pool.pool.len() / PER_IDENTITY);
+    let pictures = workers.map(people * prompts.len(), piece(options, people), |range| {
+        let shown: Vec<usize> = range.clone().map(|i| i % people * PER_IDENTITY).collect();
+        let texts: Vec<String> = range.clone().map(|i| prompts[i / people].to_string()).collect();
+        let AdapterTokens { conditional, unconditional } = face.tokens(&features(pool, &shown)?, null_features)?;
         let tokens = AdapterTokens { conditional: conditional.detach(), unconditional: unconditional.detach() };
-        sample(unet, encoders, &[prompt.to_string()], Some((face, &tokens)), 3.0, person)
+        sample(options, unet, encoders, &texts, Some((face, &tokens)), 3.0, range.start % people)
     })?;
     let shown = (0..people).map(|person| {
-        let photo = &pool.photos[person * PER_IDENTITY];
-        (photo.portrait.prompt(), photo.image.clone())
+        let index = person * PER_IDENTITY;
+        Ok((pool.pool.portraits[index].prompt(), pool.pool.picture(index)?))
     });
-    let all: Vec<_> = shown.chain(pictures.into_iter().flatten()).collect();
+    let mut all = shown.collect::<Result<Vec<_>>>()?;
+    all.extend(pictures.into_iter().flatten());
     save_png(&sheet_of(&all, people)?, options.out.join("adapter.png"))
 }

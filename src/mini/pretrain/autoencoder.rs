@@ -6,25 +6,24 @@ use candle_core::{D, DType, Device, Tensor};
 use rand::Rng;
 
 use super::files::{load_tensors, save_tensors};
-use super::pool::{Photo, TRAINING_IDENTITIES, draw_pool, images};
+use super::pool::Pool;
 use super::training::{Losses, MicroBatch, Options, Recipe, train};
-use super::workers::Workers;
-use crate::Result;
-use crate::data::{from_tensor, save_png, to_tensor};
+use crate::data::{from_tensor, save_png};
 use crate::mini::MiniConfig;
 use crate::models::taesd::{Config, Taesd};
-use crate::nn::{Parameters, Weights};
+use crate::nn::Parameters;
 use crate::train::ContactSheet;
+use crate::{Result, ops};
 
 /// Side of the squares that are cut out of the pictures: small ones give more different updates in the same time.
-const CROP: u32 = 64;
+const CROP: usize = 64;
 /// Noise on the latents while training: the decoder learns to take latents that are a little off, and the encoder to
 /// spread its latents out, as far as the penalty lets it.
 const LATENT_NOISE: f64 = 0.1;
 const LATENT_PENALTY: f64 = 2e-3;
 /// Weight and side of the squares whose mean colour counts by itself. The absolute error alone lets a small network
 /// settle in a state without one axis of colour, from which it does not come back.
-const COLOUR_WEIGHT: f64 = 4.0;
+const COLOUR_WEIGHT: f64 = 20.0;
 const COLOUR_SQUARE: usize = 8;
 
 /// Trains the autoencoder, then measures the scale and shift that bring its latents to mean 0 and variance 1.
@@ -35,32 +34,31 @@ const COLOUR_SQUARE: usize = 8;
 /// # Errors
 /// Those of [`train`].
 pub fn autoencoder(options: &Options) -> Result<()> {
-    let workers = Workers::new(options.threads)?;
-    let size = MiniConfig::mini().resolution;
-    let photos = draw_pool(&workers, options.pool, 1, TRAINING_IDENTITIES, options.seed, size)?;
+    let (workers, pool) = (options.workers()?, Pool::of(options)?);
     let parameters = Parameters::new();
-    let weights = Weights::trainable(&parameters, options.seed, DType::F32, &Device::Cpu).pp("autoencoder");
+    let weights = options.trainable(&parameters).pp("autoencoder");
     let config = MiniConfig::mini().autoencoder;
     let taesd = Taesd::load(&config, &weights)?;
     let recipe = Recipe {
         stage: "autoencoder",
         parameters: &parameters,
-        batch: 16,
+        batch: options.batch_or(16, 128),
         learning_rate: 2e-3,
         weight_decay: 1e-4,
         ema_decay: 0.995,
         mirror: None,
         constants: scale(1.0, 0.0)?,
     };
-    train(options, &workers, &recipe, |micro| loss(&taesd, &photos, micro))?;
+    train(options, &workers, &recipe, |micro| loss(options, &taesd, &pool, micro))?;
 
     let file = options.out.join("autoencoder.safetensors");
-    let (scaling_factor, shift) = measure(&workers, &taesd, &photos)?;
+    let held_out = Pool::draw_held_out(options, 512)?;
+    let (scaling_factor, shift) = measure(options, &taesd, &held_out)?;
     let mut tensors = load_tensors(&file)?;
     tensors.extend(scale(scaling_factor, shift)?);
     save_tensors(&file, &tensors)?;
     let taesd = Taesd::load(&Config { scaling_factor, shift, ..config }, &weights)?;
-    save_png(&sheet(&taesd, &photos)?, options.out.join("autoencoder.png"))
+    save_png(&sheet(options, &taesd, &held_out)?, options.out.join("autoencoder.png"))
 }
 
 fn scale(scaling_factor: f64, shift: f64) -> Result<HashMap<String, Tensor>> {
@@ -71,31 +69,29 @@ fn scale(scaling_factor: f64, shift: f64) -> Result<HashMap<String, Tensor>> {
     ]))
 }
 
-fn loss(taesd: &Taesd, photos: &[Photo], micro: &MicroBatch) -> Result<Losses> {
-    let crops = micro.each("autoencoder crop", |address| {
-        let mut rng = address.rng();
-        let photo = &photos[rng.random_range(0..photos.len())];
-        let (width, height) = photo.image.dimensions();
-        let (x, y) = (rng.random_range(0..=width - CROP), rng.random_range(0..=height - CROP));
-        to_tensor(&image::imageops::crop_imm(&photo.image, x, y, CROP, CROP).to_image(), &Device::Cpu)
-    });
-    let images = Tensor::stack(&crops.into_iter().collect::<Result<Vec<_>>>()?, 0)?;
-    let latents = taesd.encode(&images)?;
+fn loss(options: &Options, taesd: &Taesd, pool: &Pool, micro: &MicroBatch) -> Result<Losses> {
+    let chosen = micro.each("autoencoder portrait", |address| address.rng().random_range(0..pool.len()));
+    let pictures = pool.channels_last(&chosen)?;
+    let mut rng = micro.address("autoencoder crop").sample(micro.samples.start).rng();
+    let [x, y] = [2, 1].map(|dim| rng.random_range(0..=pictures.dims()[dim] - CROP));
+    let images = pictures.narrow(1, y, CROP)?.narrow(2, x, CROP)?.permute((0, 3, 1, 2))?.contiguous()?;
+    let latents = ops::cast(&taesd.encode(&options.input(&images)?)?, DType::F32)?;
     let noise = micro.noise("autoencoder noise", &latents.dims()[1..])?;
     // None at first, when the latents themselves are small.
     let strength = LATENT_NOISE * (4.0 * micro.progress).min(1.0);
-    let difference = (taesd.decode(&(&latents + (noise * strength)?)?)? - &images)?;
+    let decoded = taesd.decode(&options.input(&(&latents + (noise * strength)?)?)?)?;
+    let difference = (ops::cast(&decoded, DType::F32)? - &images)?;
     let (absolute, squared) = (difference.abs()?.mean_all()?, difference.sqr()?.mean_all()?);
     let edges = (edges(&difference, D::Minus1)? + edges(&difference, D::Minus2)?)?;
-    let (count, side) = (micro.size(), CROP as usize / COLOUR_SQUARE);
+    let (count, side) = (micro.size(), CROP / COLOUR_SQUARE);
     let squares = difference.reshape((count * 3, side, COLOUR_SQUARE, side, COLOUR_SQUARE))?;
     let colours = squares.mean(4)?.mean(2)?.sqr()?.mean_all()?;
     let penalty = latents.sqr()?.mean_all()?;
     let parts = vec![
-        ("l1", f64::from(absolute.to_scalar::<f32>()?)),
-        ("mse", f64::from(squared.to_scalar::<f32>()?)),
-        ("colours", f64::from(colours.to_scalar::<f32>()?)),
-        ("latents", f64::from(penalty.to_scalar::<f32>()?).sqrt()),
+        ("l1", absolute.detach()),
+        ("mse", squared.detach()),
+        ("colours", colours.detach()),
+        ("latents", penalty.detach().sqrt()?),
     ];
     let loss = ((absolute + (squared * 0.5)?)? + (edges * 0.5)?)?;
     let loss = ((loss + (colours * COLOUR_WEIGHT)?)? + (penalty * LATENT_PENALTY)?)?;
@@ -108,27 +104,48 @@ fn edges(x: &Tensor, dim: D) -> Result<Tensor> {
     Ok((x.narrow(dim, 1, length)? - x.narrow(dim, 0, length)?)?.abs()?.mean_all()?)
 }
 
-/// One over the standard deviation, and the mean, of the latents of some pictures.
-fn measure(workers: &Workers, taesd: &Taesd, photos: &[Photo]) -> Result<(f64, f64)> {
-    let sums = workers.map(photos.len().min(512), 8, |range| {
-        let latents = taesd.encode(&images(&photos[range])?)?.detach().to_dtype(DType::F64)?;
-        let sum = |x: &Tensor| -> Result<f64> { Ok(x.sum_all()?.to_scalar::<f64>()?) };
-        Ok([latents.elem_count() as f64, sum(&latents)?, sum(&latents.sqr()?)?])
-    })?;
-    let total = sums.iter().fold([0.0; 3], |total, sum| std::array::from_fn(|i| total[i] + sum[i]));
+/// One over the standard deviation, and the mean, of the latents of some pictures; prints the errors of what is decoded
+/// from them.
+fn measure(options: &Options, taesd: &Taesd, pool: &Pool) -> Result<(f64, f64)> {
+    let (mut total, mut errors, mut pieces) = ([0.0; 3], [0.0; 2], 0);
+    for chosen in (0..pool.len()).collect::<Vec<_>>().chunks(32) {
+        let images = pool.images(chosen)?;
+        let latents = taesd.encode(&options.input(&images)?)?.detach();
+        let difference = (taesd.decode(&latents)?.detach().to_dtype(DType::F64)? - images.to_dtype(DType::F64)?)?;
+        let latents = latents.to_dtype(DType::F64)?;
+        let number = |x: Tensor| -> Result<f64> { Ok(x.to_scalar::<f64>()?) };
+        total[0] += latents.elem_count() as f64;
+        total[1] += number(latents.sum_all()?)?;
+        total[2] += number(latents.sqr()?.sum_all()?)?;
+        errors[0] += number(difference.abs()?.mean_all()?)?;
+        // Green against red and blue, of the mean colours of squares: the axis a poor autoencoder loses.
+        let side = images.dim(2)? / COLOUR_SQUARE;
+        let squares = difference.reshape((chosen.len() * 3, side, COLOUR_SQUARE, side, COLOUR_SQUARE))?;
+        let squares = squares.mean(4)?.mean(2)?.reshape((chosen.len(), 3, side * side))?;
+        let weights = Tensor::new(&[[[-0.5f64], [1.0], [-0.5]]], images.device())?;
+        errors[1] += number(squares.broadcast_mul(&weights)?.sum(1)?.abs()?.mean_all()?)?;
+        pieces += 1;
+    }
     let mean = total[1] / total[0];
     let deviation = (total[2] / total[0] - mean * mean).max(0.0).sqrt();
-    println!("autoencoder: latents of mean {mean:.4} and standard deviation {deviation:.4}");
+    let [absolute, green] = errors.map(|error| error / f64::from(pieces.max(1)));
+    println!(
+        "autoencoder: {} held-out portraits: mean absolute error {absolute:.4}, of green against magenta in squares of \
+         {COLOUR_SQUARE} pixels {green:.4}; latents of mean {mean:.4} and standard deviation {deviation:.4}",
+        pool.len()
+    );
     Ok((1.0 / deviation.max(1e-6), mean))
 }
 
 /// Pictures above, their reconstructions below.
-fn sheet(taesd: &Taesd, photos: &[Photo]) -> Result<image::RgbImage> {
-    let size = photos[0].image.width();
+fn sheet(options: &Options, taesd: &Taesd, pool: &Pool) -> Result<image::RgbImage> {
+    let size = MiniConfig::mini().resolution as u32;
     let mut sheet = ContactSheet::new(size, size);
-    for row in photos.chunks(8).take(2) {
-        let decoded = taesd.decode(&taesd.encode(&images(row)?)?)?.detach();
-        sheet.add_row(row.iter().map(|photo| (photo.portrait.prompt(), photo.image.clone())).collect())?;
+    for row in (0..pool.len()).collect::<Vec<_>>().chunks(8).take(2) {
+        let decoded = taesd.decode(&taesd.encode(&options.input(&pool.images(row)?)?)?)?.detach();
+        let decoded = decoded.to_dtype(DType::F32)?;
+        let shown = row.iter().map(|i| Ok((pool.portraits[*i].prompt(), pool.picture(*i)?)));
+        sheet.add_row(shown.collect::<Result<_>>()?)?;
         let reconstructed = (0..row.len()).map(|i| Ok((String::from("decoded"), from_tensor(&decoded.get(i)?)?)));
         sheet.add_row(reconstructed.collect::<Result<_>>()?)?;
     }

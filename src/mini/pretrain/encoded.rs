@@ -1,17 +1,14 @@
 //! Portraits as the denoiser sees them: encoded once, by the frozen networks.
 
-use std::ops::Range;
-use std::path::Path;
 use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rand::Rng;
 
 use super::files::load_stages;
-use super::pool::{Photo, TRAINING_IDENTITIES, draw_pool, images};
+use super::pool::Pool;
 use super::training::{MicroBatch, Options};
 use super::workers::Workers;
-use crate::Result;
 use crate::mini::MiniConfig;
 use crate::models::clip_text::TextEmbeddings;
 use crate::models::clip_vision::ClipVision;
@@ -20,9 +17,7 @@ use crate::models::taesd::Taesd;
 use crate::models::unet::Conditioning;
 use crate::random::Address;
 use crate::schedule::NoiseSchedule;
-
-/// Portraits of each person.
-pub(super) const PER_IDENTITY: usize = 4;
+use crate::{Result, ops};
 
 /// The networks that encode.
 pub(super) struct Encoders {
@@ -33,8 +28,8 @@ pub(super) struct Encoders {
 
 impl Encoders {
     /// From the stages' files in a folder.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let (weights, config) = (load_stages(folder, &["autoencoder", "clip"])?, MiniConfig::mini());
+    pub fn load(options: &Options) -> Result<Self> {
+        let (weights, config) = (load_stages(options, &["autoencoder", "clip"])?, MiniConfig::mini());
         Ok(Encoders {
             autoencoder: config.load_autoencoder(&weights)?,
             text: config.load_text_encoder(&weights)?,
@@ -51,11 +46,11 @@ impl Encoders {
 
 /// A pool of portraits with latents, text embeddings of both captions, and, where asked for, image features.
 pub(super) struct Encoded {
-    pub photos: Vec<Photo>,
-    /// `(portraits, 4, 32, 32)`
+    pub pool: Pool,
+    /// `(portraits, 4, 32, 32)`, f32
     latents: Tensor,
-    /// Of the compressed and of the described captions.
-    texts: [TextEmbeddings; 2],
+    /// Of all compressed, then of all described captions.
+    texts: TextEmbeddings,
     /// `(portraits, patches + 1, width)`
     features: Option<Tensor>,
 }
@@ -77,36 +72,37 @@ pub(super) struct Noised {
 }
 
 impl Encoded {
-    /// Draws and encodes the pool.
-    pub fn draw(workers: &Workers, options: &Options, encoders: &Encoders, features: bool) -> Result<Self> {
-        let size = MiniConfig::mini().resolution;
-        let photos = draw_pool(workers, options.pool, PER_IDENTITY, TRAINING_IDENTITIES, options.seed ^ 5, size)?;
+    /// Draws or reads the pool, and encodes it.
+    pub fn new(workers: &Workers, options: &Options, encoders: &Encoders, features: bool) -> Result<Self> {
+        let pool = Pool::of(options)?;
         let began = Instant::now();
-        let pieces = workers.map(photos.len(), 8, |range: Range<usize>| {
-            let photos = &photos[range];
-            let pictures = images(photos)?;
-            let text = |caption: fn(&Photo) -> String| -> Result<TextEmbeddings> {
-                let text = encoders.text.encode(&photos.iter().map(caption).collect::<Vec<_>>())?;
-                Ok(TextEmbeddings { hidden_states: text.hidden_states.detach(), pooled: text.pooled.detach() })
-            };
+        let piece = if options.device.is_cpu() { 8 } else { 256 };
+        let encode = |captions: Vec<String>| -> Result<TextEmbeddings> {
+            let text = encoders.text.encode(&captions)?;
+            Ok(TextEmbeddings { hidden_states: text.hidden_states.detach(), pooled: text.pooled.detach() })
+        };
+        let pieces = workers.map(pool.len(), piece, |range| {
+            let pictures = options.input(&pool.images(&range.clone().collect::<Vec<_>>())?)?;
+            let portraits = &pool.portraits[range];
             Ok((
-                encoders.autoencoder.encode(&pictures)?.detach(),
-                [text(|photo| photo.portrait.prompt())?, text(|photo| photo.portrait.described_prompt())?],
+                encoders.autoencoder.encode(&pictures)?.detach().to_dtype(DType::F32)?,
+                encode(portraits.iter().map(|portrait| portrait.prompt()).collect())?,
+                encode(portraits.iter().map(|portrait| portrait.described_prompt()).collect())?,
                 if features { Some(encoders.vision.features(&pictures)?.detach()) } else { None },
             ))
         })?;
-        let text = |which: usize| -> Result<TextEmbeddings> {
-            let texts = pieces.iter().map(|(_, texts, _)| &texts[which]);
-            Ok(TextEmbeddings {
-                hidden_states: Tensor::cat(&texts.clone().map(|text| &text.hidden_states).collect::<Vec<_>>(), 0)?,
-                pooled: Tensor::cat(&texts.map(|text| &text.pooled).collect::<Vec<_>>(), 0)?,
-            })
+        let texts = || {
+            pieces.iter().map(|(_, compressed, ..)| compressed).chain(pieces.iter().map(|(.., described, _)| described))
+        };
+        let texts = TextEmbeddings {
+            hidden_states: Tensor::cat(&texts().map(|text| &text.hidden_states).collect::<Vec<_>>(), 0)?,
+            pooled: Tensor::cat(&texts().map(|text| &text.pooled).collect::<Vec<_>>(), 0)?,
         };
         let latents = Tensor::cat(&pieces.iter().map(|(latents, ..)| latents).collect::<Vec<_>>(), 0)?;
         let all_features: Vec<&Tensor> = pieces.iter().filter_map(|(.., features)| features.as_ref()).collect();
         let features = if features { Some(Tensor::cat(&all_features, 0)?) } else { None };
-        println!("{} portraits encoded in {:.1} s", photos.len(), began.elapsed().as_secs_f64());
-        Ok(Encoded { latents, texts: [text(0)?, text(1)?], features, photos })
+        println!("{} portraits encoded in {:.1} s", pool.len(), began.elapsed().as_secs_f64());
+        Ok(Encoded { latents, texts, features, pool })
     }
 
     /// The latents of some portraits.
@@ -121,18 +117,20 @@ impl Encoded {
 
     /// Random portraits with their captions, a tenth of them without text.
     pub fn batch(&self, micro: &MicroBatch, captions: Captions) -> Result<(Vec<usize>, Tensor, Conditioning)> {
-        let portraits = micro.each("portrait", |address| address.rng().random_range(0..self.photos.len()));
+        let count = self.pool.len();
+        let portraits = micro.each("portrait", |address| address.rng().random_range(0..count));
         let described = micro.each("caption", |address| captions == Captions::Both && address.uniform() < 0.5);
         let keep = micro.each("text", |address| if address.uniform() < 0.1 { 0f32 } else { 1.0 });
-        let pick = |of: fn(&TextEmbeddings) -> &Tensor| -> Result<Tensor> {
-            let rows = portraits.iter().zip(&described).zip(&keep).map(|((portrait, described), keep)| {
-                of(&self.texts[usize::from(*described)]).get(*portrait)?.affine(f64::from(*keep), 0.0)
-            });
-            Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
-        };
+        let texts: Vec<usize> = portraits
+            .iter()
+            .zip(described)
+            .map(|(portrait, described)| portrait + usize::from(described) * count)
+            .collect();
+        let (hidden_states, pooled) = (select(&self.texts.hidden_states, &texts)?, select(&self.texts.pooled, &texts)?);
+        let keep = Tensor::from_vec(keep, portraits.len(), pooled.device())?.to_dtype(pooled.dtype())?;
         let conditioning = Conditioning::square(
-            pick(|text| &text.hidden_states)?,
-            pick(|text| &text.pooled)?,
+            hidden_states.broadcast_mul(&keep.reshape(((), 1, 1))?)?,
+            pooled.broadcast_mul(&keep.reshape(((), 1))?)?,
             MiniConfig::mini().resolution,
         );
         Ok((portraits.clone(), self.latents(&portraits)?, conditioning))
@@ -158,7 +156,7 @@ fn select(tensor: &Tensor, rows: &[usize]) -> Result<Tensor> {
 /// The mean squared error of a noise prediction, each sample weighted by min(SNR, 5) / SNR (Hang et al. 2023), which
 /// turns the effort to the timesteps that decide what the picture shows.
 pub(super) fn noise_loss(prediction: &Tensor, batch: &Noised, schedule: &NoiseSchedule) -> Result<Tensor> {
-    let errors = (prediction - &batch.noise)?.sqr()?.mean((1, 2, 3))?;
+    let errors = (ops::cast(prediction, DType::F32)? - &batch.noise)?.sqr()?.mean((1, 2, 3))?;
     let weights = batch.timesteps.iter().map(|t| {
         let snr = schedule.sigma(*t)?.powi(-2);
         Ok((snr.min(5.0) / snr) as f32)

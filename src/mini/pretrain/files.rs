@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
+use super::training::Options;
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -28,11 +29,16 @@ pub(super) fn load_tensors(path: &Path) -> Result<HashMap<String, Tensor>> {
         .map_err(|error| Error::Format { path: path.into(), reason: format!("not a safetensors file: {error}") })
 }
 
-/// The weights of earlier stages, from their files in a folder, frozen.
-pub(super) fn load_stages(folder: &Path, stages: &[&str]) -> Result<Weights> {
+/// The weights of earlier stages, from their files in a folder, frozen, in the dtype and at the place of the run.
+pub(super) fn load_stages(options: &Options, stages: &[&str]) -> Result<Weights> {
     let mut tensors = HashMap::new();
     for stage in stages {
-        tensors.extend(load_tensors(&folder.join(format!("{stage}.safetensors")))?);
+        for (name, tensor) in load_tensors(&options.out.join(format!("{stage}.safetensors")))? {
+            // Single numbers stay exact.
+            let single = tensor.elem_count() == 1 || !tensor.dtype().is_float();
+            let dtype = if single { tensor.dtype() } else { options.dtype };
+            tensors.insert(name, tensor.to_device(&options.device)?.to_dtype(dtype)?);
+        }
     }
-    Ok(Weights::frozen(folder.display().to_string(), tensors))
+    Ok(Weights::frozen(options.out.display().to_string(), tensors))
 }

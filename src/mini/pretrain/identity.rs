@@ -2,23 +2,20 @@
 
 use std::collections::HashMap;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, DType, Tensor};
 use rand::Rng;
 
-use super::clip::cross_entropy;
-use super::pool::{Photo, TRAINING_IDENTITIES, draw_pool, images};
+use super::clip::{accuracy, cross_entropy, one_hot};
+use super::pool::{PER_IDENTITY, Pool};
 use super::training::{Losses, MicroBatch, Options, Recipe, train};
-use super::workers::Workers;
 use crate::face::aligned_crop;
 use crate::mini::MiniConfig;
 use crate::models::identity::{IdentityNetwork, normalise};
-use crate::models::mini_identity::MiniIdentity;
-use crate::nn::{Init, Parameters, Weights};
+use crate::models::mini_identity::{self, MiniIdentity};
+use crate::nn::{Init, Parameters};
 use crate::random::Address;
 use crate::{Result, ops};
 
-/// Portraits of each person.
-const PER_IDENTITY: usize = 8;
 /// The angular margin of ArcFace (Deng et al. 2019), reached after a third of the training.
 const MARGIN: f64 = 0.3;
 /// ArcFace's scale of the cosines.
@@ -32,81 +29,106 @@ const JITTER: f64 = 1.2;
 /// # Errors
 /// Those of [`train`].
 pub fn identity(options: &Options) -> Result<()> {
-    let workers = Workers::new(options.threads)?;
-    let config = MiniConfig::mini();
-    let classes = (options.pool / PER_IDENTITY).max(2);
-    let count = classes * PER_IDENTITY;
-    let photos = draw_pool(&workers, count, PER_IDENTITY, 0..classes as u64, options.seed ^ 2, config.resolution)?;
+    train_network(options, "identity", "identity_network", &MiniConfig::mini().identity_network)
+}
+
+/// The same for a network of another shape ([`mini_identity::Config::held_out`]) and seed, which is not part of the
+/// miniature: it judges likeness where the miniature's own network was a teacher.
+///
+/// # Errors
+/// Those of [`train`].
+pub fn held_out_identity(options: &Options) -> Result<()> {
+    let options = Options { seed: options.seed + 1000, ..options.clone() };
+    train_network(&options, "held_out_identity", "held_out_identity", &mini_identity::Config::held_out())
+}
+
+fn train_network(options: &Options, stage: &'static str, prefix: &str, config: &mini_identity::Config) -> Result<()> {
+    let (workers, pool) = (options.workers()?, Pool::of(options)?);
+    let classes = pool.people();
     let parameters = Parameters::new();
-    let weights = Weights::trainable(&parameters, options.seed, DType::F32, &Device::Cpu);
-    let network = config.load_identity_network(&weights)?;
+    let weights = options.trainable(&parameters);
+    let network = MiniIdentity::load(config, &weights.pp(prefix))?;
     let centres = weights.pp("identity_classes").get((classes, network.dimension()), "weight", Init::Normal(0.1))?;
     let recipe = Recipe {
-        stage: "identity",
+        stage,
         parameters: &parameters,
-        batch: 64,
+        batch: options.batch_or(64, 256),
         learning_rate: 2e-3,
         weight_decay: 1e-3,
         ema_decay: 0.99,
         mirror: None,
         constants: HashMap::new(),
     };
-    train(options, &workers, &recipe, |micro| loss(&network, &centres, &photos, micro))?;
+    train(options, &workers, &recipe, |micro| loss(options, &network, &centres, &pool, micro))?;
 
-    // People of the training range, but behind those that were drawn.
-    let others = classes as u64..TRAINING_IDENTITIES.end;
-    let strangers = draw_pool(&workers, 200 * 2, 2, others, options.seed ^ 3, config.resolution)?;
-    let embedded = workers.map(strangers.len(), 8, |range| embed(&network, &strangers[range], |_| 0.0))?;
-    report(&Tensor::cat(&embedded, 0)?.detach())
+    let strangers = Pool::draw_held_out(options, 200 * PER_IDENTITY)?;
+    let pairs: Vec<usize> =
+        (0..strangers.people()).flat_map(|person| [0, 1].map(|i| person * PER_IDENTITY + i)).collect();
+    let mut embedded = Vec::new();
+    for chosen in pairs.chunks(40) {
+        embedded.push(embed(options, &network, &strangers.images(chosen)?, &strangers, chosen, |_| 0.0)?.detach());
+    }
+    report(stage, &Tensor::cat(&embedded, 0)?)
 }
 
-fn embed(network: &MiniIdentity, photos: &[Photo], mut move_by: impl FnMut(usize) -> f64) -> Result<Tensor> {
-    let references: Vec<&Photo> = photos.iter().collect();
-    embed_all(network, &references, &mut move_by)
+/// Embeddings of the faces in pictures of some portraits, f32, whose landmarks are moved.
+fn embed(
+    options: &Options,
+    network: &MiniIdentity,
+    images: &Tensor,
+    pool: &Pool,
+    chosen: &[usize],
+    mut move_by: impl FnMut(usize) -> f64,
+) -> Result<Tensor> {
+    let moved = |(i, index): (usize, &usize)| pool.landmarks[*index].map(|point| point.map(|value| value + move_by(i)));
+    let landmarks: Vec<_> = chosen.iter().enumerate().map(moved).collect();
+    let crops = aligned_crop(images, &landmarks, network.crop_size())?;
+    ops::cast(&network.embed(&options.input(&crops)?)?, DType::F32)
 }
 
-fn embed_all(network: &MiniIdentity, photos: &[&Photo], move_by: &mut impl FnMut(usize) -> f64) -> Result<Tensor> {
-    let landmarks: Vec<_> = photos
-        .iter()
-        .enumerate()
-        .map(|(i, photo)| photo.landmarks.map(|point| point.map(|value| value + move_by(i))))
-        .collect();
-    let images = images(photos.iter().copied())?;
-    network.embed(&aligned_crop(&images, &landmarks, network.crop_size())?)
+/// What previews and samples look like: in a third of the batches the pictures are blurred and noisy.
+fn degraded(images: Tensor, micro: &MicroBatch) -> Result<Tensor> {
+    let mut rng = micro.address("identity blur").sample(micro.samples.start).rng();
+    if rng.random_bool(0.67) {
+        return Ok(images);
+    }
+    let (side, x) = (images.dim(2)?, ops::to_channels_last(&images)?);
+    let small = rng.random_range(side / 3..side);
+    let x = ops::resize_bilinear(&ops::resize_bilinear(&x, small, small, true)?, side, side, false)?;
+    let noise = micro.noise("identity noise", &x.dims()[1..])?;
+    ops::to_channels_first(&(x + (noise * rng.random_range(0.0..0.15))?)?)
 }
 
-fn loss(network: &MiniIdentity, centres: &Tensor, photos: &[Photo], micro: &MicroBatch) -> Result<Losses> {
+fn loss(
+    options: &Options,
+    network: &MiniIdentity,
+    centres: &Tensor,
+    pool: &Pool,
+    micro: &MicroBatch,
+) -> Result<Losses> {
     let mut generators = micro.each("identity portrait", Address::rng);
-    let chosen: Vec<usize> = generators.iter_mut().map(|rng| rng.random_range(0..photos.len())).collect();
-    let pictures: Vec<&Photo> = chosen.iter().map(|index| &photos[*index]).collect();
-    let mut move_by = |i: usize| {
+    let chosen: Vec<usize> = generators.iter_mut().map(|rng| rng.random_range(0..pool.len())).collect();
+    let move_by = |i: usize| {
         let rng = &mut generators[i];
         JITTER * (rng.random::<f64>() + rng.random::<f64>() + rng.random::<f64>() - 1.5) * 2.0
     };
-    let embedded = embed_all(network, &pictures, &mut move_by)?;
+    let images = degraded(pool.images(&chosen)?, micro)?;
+    let embedded = embed(options, network, &images, pool, &chosen, move_by)?;
     let cosines = ops::linear(&embedded, &normalise(centres)?, None)?;
     let classes: Vec<u32> = chosen.iter().map(|index| (index / PER_IDENTITY) as u32).collect();
-    let right = cosines.argmax(D::Minus1)?.to_vec1::<u32>()?;
-    let right = right.iter().zip(&classes).filter(|(guess, truth)| guess == truth).count();
+    let one_hot = one_hot(&classes, centres.dim(0)?, &options.device)?;
 
     let margin = MARGIN * (3.0 * micro.progress).min(1.0);
-    let index = Tensor::from_slice(&classes, (classes.len(), 1), cosines.device())?;
-    let own = cosines.gather(&index, 1)?;
+    let own = (&cosines * &one_hot)?.sum_keepdim(D::Minus1)?;
     // cos(angle + margin)
     let sine = (own.sqr()?.affine(-1.0, 1.0)?.clamp(0.0, 1.0)? + 1e-6)?.sqrt()?;
     let harder = ((&own * margin.cos())? - (sine * margin.sin())?)?;
-    let one_hot = Tensor::zeros(cosines.shape(), DType::F32, cosines.device())?.scatter_add(
-        &index,
-        &Tensor::ones((classes.len(), 1), DType::F32, cosines.device())?,
-        1,
-    )?;
-    let logits = ((cosines + one_hot.broadcast_mul(&(harder - own)?)?)? * SCALE)?;
-    let parts = vec![("accuracy", right as f64 / classes.len() as f64)];
-    Ok(Losses { loss: cross_entropy(&logits, &classes)?, parts })
+    let logits = ((&cosines + one_hot.broadcast_mul(&(harder - own)?)?)? * SCALE)?;
+    Ok(Losses { loss: cross_entropy(&logits, &one_hot)?, parts: vec![("accuracy", accuracy(&cosines, &one_hot)?)] })
 }
 
 /// Cosines within and between people, of embeddings in pairs `(2 * people, dimension)`.
-fn report(embedded: &Tensor) -> Result<()> {
+fn report(stage: &str, embedded: &Tensor) -> Result<()> {
     let similarity = embedded.matmul(&embedded.t()?)?.to_vec2::<f32>()?;
     let people = similarity.len() / 2;
     let (mut same, mut other, mut found) = (0.0, 0.0, 0);
@@ -119,7 +141,7 @@ fn report(embedded: &Tensor) -> Result<()> {
     }
     let count = people as f32;
     println!(
-        "identity: {people} unseen people: cosine {:.3} to themselves, {:.3} to others, {:.1} % found among all",
+        "{stage}: {people} unseen people: cosine {:.3} to themselves, {:.3} to others, {:.1} % found among all",
         same / count,
         other / count,
         100.0 * found as f32 / count,

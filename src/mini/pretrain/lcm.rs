@@ -2,21 +2,20 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use rand::Rng;
 
 use super::encoded::{Captions, Encoded, Encoders};
 use super::files::load_stages;
 use super::sampling::{decoded, sheet_of};
 use super::training::{Losses, MicroBatch, Options, Recipe, train};
-use super::workers::Workers;
-use crate::Result;
 use crate::data::save_png;
 use crate::mini::MiniConfig;
 use crate::models::unet::{Conditioning, Pass, UNet};
-use crate::nn::{LoraSet, Loras, Parameters, Weights};
+use crate::nn::{LoraSet, Loras, Parameters};
 use crate::random::Address;
 use crate::schedule::{LcmBoundary, NoiseSchedule};
+use crate::{Result, ops};
 
 /// Timesteps the teacher's DDIM step skips.
 const SKIP: usize = 20;
@@ -31,36 +30,36 @@ const HUBER: f64 = 0.01;
 /// # Errors
 /// Those of [`train`].
 pub fn lcm(options: &Options) -> Result<()> {
-    let (workers, config, schedule) = (Workers::new(options.threads)?, MiniConfig::mini(), NoiseSchedule::sdxl());
-    let encoders = Encoders::load(&options.out)?;
-    let pool = Encoded::draw(&workers, options, &encoders, false)?;
-    let unet = config.load_unet(&load_stages(&options.out, &["denoiser"])?)?;
+    let (workers, config, schedule) = (options.workers()?, MiniConfig::mini(), NoiseSchedule::sdxl());
+    let encoders = Encoders::load(options)?;
+    let pool = Encoded::new(&workers, options, &encoders, false)?;
+    let unet = config.load_unet(&load_stages(options, &["denoiser"])?)?;
     let (parameters, averages) = (Parameters::new(), Parameters::new());
-    let trainable = |parameters: &Parameters| Weights::trainable(parameters, options.seed, DType::F32, &Device::Cpu);
-    let student = config.load_lcm_lora(&trainable(&parameters))?;
-    let target = config.load_lcm_lora(&trainable(&averages))?;
+    let student = config.load_lcm_lora(&options.trainable(&parameters))?;
+    let target = config.load_lcm_lora(&options.trainable(&averages))?;
     let recipe = Recipe {
         stage: "lcm",
         parameters: &parameters,
-        batch: 32,
+        batch: options.batch_or(32, 128),
         learning_rate: 1e-3,
         weight_decay: 0.0,
         ema_decay: 0.97,
         mirror: Some(&averages),
         constants: HashMap::new(),
     };
-    let stage = Distillation { unet: &unet, schedule: &schedule, student: &student, target: &target };
+    let stage = Distillation { options, unet: &unet, schedule: &schedule, student: &student, target: &target };
     train(options, &workers, &recipe, |micro| stage.loss(&pool, micro))?;
 
-    let trained = config.load_lcm_lora(&load_stages(&options.out, &["lcm"])?)?;
+    let trained = config.load_lcm_lora(&load_stages(options, &["lcm"])?)?;
     let mut pictures = Vec::new();
     for timestep in [999, 759, 499, 259] {
-        pictures.extend(previews(&unet, &trained, &pool, &encoders, timestep)?);
+        pictures.extend(previews(options, &unet, &trained, &pool, &encoders, timestep)?);
     }
     save_png(&sheet_of(&pictures, PREVIEWS)?, options.out.join("lcm.png"))
 }
 
 struct Distillation<'a> {
+    options: &'a Options,
     unet: &'a UNet,
     schedule: &'a NoiseSchedule,
     student: &'a LoraSet,
@@ -81,10 +80,11 @@ impl Distillation<'_> {
         let both = Tensor::cat(&[&noisy, &noisy], 0)?;
         let twice = [starts.clone(), starts.clone()].concat();
         let texts = Conditioning::cat(&[&conditioning.without_text()?, &conditioning])?;
-        let teacher = self.unet.forward(&both, &twice, &texts, &Pass::default())?.detach();
+        let teacher = self.unet.forward(&self.options.input(&both)?, &twice, &texts, &Pass::default())?.detach();
+        let teacher = ops::cast(&teacher, DType::F32)?;
         let (without, with) = (teacher.narrow(0, 0, count)?, teacher.narrow(0, count, count)?);
         let scales = micro.each("guidance", |address| address.rng().random_range(GUIDANCE) as f32);
-        let scales = Tensor::from_vec(scales, (count, 1, 1, 1), &Device::Cpu)?;
+        let scales = Tensor::from_vec(scales, (count, 1, 1, 1), latents.device())?;
         let guided = (&without + (with - &without)?.broadcast_mul(&scales)?)?;
         let clean = self.schedule.predict_x0(&noisy, &guided, &starts)?;
         let stepped = self.schedule.add_noise(&clean, &guided, &ends)?;
@@ -98,7 +98,8 @@ impl Distillation<'_> {
     /// The consistency function.
     fn predict(&self, noisy: &Tensor, timesteps: &[usize], text: &Conditioning, lora: &LoraSet) -> Result<Tensor> {
         let pass = Pass { loras: Loras::one(lora, 1.0), ..Pass::default() };
-        let noise = self.unet.forward(noisy, timesteps, text, &pass)?;
+        let noise = self.unet.forward(&self.options.input(noisy)?, timesteps, text, &pass)?;
+        let noise = ops::cast(&noise, DType::F32)?;
         let clean = self.schedule.predict_x0(noisy, &noise, timesteps)?;
         LcmBoundary::default().apply(&clean, noisy, timesteps)
     }
@@ -108,6 +109,7 @@ const PREVIEWS: usize = 8;
 
 /// For some portraits noised to a timestep: the clean picture as the denoiser sees it, and as the LCM denoiser does.
 fn previews(
+    options: &Options,
     unet: &UNet,
     lora: &LoraSet,
     pool: &Encoded,
@@ -115,18 +117,18 @@ fn previews(
     timestep: usize,
 ) -> Result<Vec<(String, image::RgbImage)>> {
     let schedule = NoiseSchedule::sdxl();
-    let portraits: Vec<usize> = (0..PREVIEWS.min(pool.photos.len())).map(|i| i * 5 % pool.photos.len()).collect();
-    let prompts: Vec<String> = portraits.iter().map(|i| pool.photos[*i].portrait.described_prompt()).collect();
+    let portraits: Vec<usize> = (0..PREVIEWS.min(pool.pool.len())).map(|i| i * 5 % pool.pool.len()).collect();
+    let prompts: Vec<String> = portraits.iter().map(|i| pool.pool.portraits[*i].described_prompt()).collect();
     let (latents, text) = (pool.latents(&portraits)?, encoders.conditioning(&prompts)?);
     let timesteps = vec![timestep; portraits.len()];
-    let noise = Address::new(3, "preview noise").normal(latents.shape(), DType::F32, &Device::Cpu)?;
+    let noise = Address::new(3, "preview noise").normal(latents.shape(), DType::F32, latents.device())?;
     let noisy = schedule.add_noise(&latents, &noise, &timesteps)?;
     let mut pictures = Vec::new();
     for (name, loras) in [("ddpm", Loras::none()), ("lcm", Loras::one(lora, 1.0))] {
         let pass = Pass { loras, ..Pass::default() };
-        let clean =
-            schedule.predict_x0(&noisy, &unet.forward(&noisy, &timesteps, &text, &pass)?.detach(), &timesteps)?;
-        pictures.extend(decoded(encoders, &clean, &vec![format!("{name} {timestep}"); portraits.len()])?);
+        let noise = unet.forward(&options.input(&noisy)?, &timesteps, &text, &pass)?.detach().to_dtype(DType::F32)?;
+        let clean = schedule.predict_x0(&noisy, &noise, &timesteps)?;
+        pictures.extend(decoded(options, encoders, &clean, &vec![format!("{name} {timestep}"); portraits.len()])?);
     }
     Ok(pictures)
 }

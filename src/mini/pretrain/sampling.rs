@@ -1,9 +1,10 @@
 //! Pictures of what a stage has learnt.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use image::RgbImage;
 
 use super::encoded::Encoders;
+use super::training::Options;
 use crate::Result;
 use crate::data::from_tensor;
 use crate::lookahead::{AdapterTokens, FaceEncoder};
@@ -29,10 +30,16 @@ pub(super) const PROMPTS: [&str; 10] = [
 
 const STEPS: usize = 20;
 
+/// How many pictures are sampled at once: one by each worker on the CPU, all on a GPU.
+pub(super) fn piece(options: &Options, all: usize) -> usize {
+    if options.device.is_cpu() { 1 } else { all }
+}
+
 /// Samples prompts with DDIM and classifier-free guidance; captioned pictures.
 ///
 /// `image`: a face encoder and its tokens, `(prompts, ..)`. `index` addresses the noise.
 pub(super) fn sample(
+    options: &Options,
     unet: &UNet,
     encoders: &Encoders,
     prompts: &[String],
@@ -43,7 +50,7 @@ pub(super) fn sample(
     let (schedule, count) = (NoiseSchedule::sdxl(), prompts.len());
     let side = MiniConfig::mini().resolution / 4;
     let address = Address::new(7, "pretraining sample").step(index as u64);
-    let mut latents = address.normal((count, 4, side, side), DType::F32, &Device::Cpu)?;
+    let mut latents = address.normal_batch(count, (4, side, side), DType::F32, &options.device)?;
     let text = encoders.conditioning(prompts)?;
     let conditioning = Conditioning::cat(&[&text.without_text()?, &text])?;
     let mut pass = Pass::default();
@@ -54,17 +61,25 @@ pub(super) fn sample(
     let mut sampler = SamplerKind::Ddim.build(&schedule, STEPS)?;
     for (i, t) in sampler.timesteps().to_vec().into_iter().enumerate() {
         let both = Tensor::cat(&[&latents, &latents], 0)?;
-        let noise = unet.forward(&both, &vec![t; 2 * count], &conditioning, &pass)?.detach();
+        let noise = unet
+            .forward(&options.input(&both)?, &vec![t; 2 * count], &conditioning, &pass)?
+            .detach()
+            .to_dtype(DType::F32)?;
         let (without, with) = (noise.narrow(0, 0, count)?, noise.narrow(0, count, count)?);
         let noise = (&without + ((with - &without)? * guidance_scale)?)?;
         latents = sampler.step(&noise, i, &latents, address)?.detach();
     }
-    decoded(encoders, &latents, prompts)
+    decoded(options, encoders, &latents, prompts)
 }
 
 /// Latents as captioned pictures.
-pub(super) fn decoded(encoders: &Encoders, latents: &Tensor, captions: &[String]) -> Result<Vec<(String, RgbImage)>> {
-    let images = encoders.autoencoder.decode(latents)?.detach();
+pub(super) fn decoded(
+    options: &Options,
+    encoders: &Encoders,
+    latents: &Tensor,
+    captions: &[String],
+) -> Result<Vec<(String, RgbImage)>> {
+    let images = encoders.autoencoder.decode(&options.input(latents)?)?.detach().to_dtype(DType::F32)?;
     captions.iter().enumerate().map(|(i, caption)| Ok((caption.clone(), from_tensor(&images.get(i)?)?))).collect()
 }
 

@@ -6,17 +6,18 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use rand::Rng;
 use rayon::prelude::*;
 
 use super::files::{load_tensors, save_tensors};
 use super::workers::{Workers, share};
-use crate::nn::Parameters;
+use crate::nn::{Parameters, Weights};
 use crate::random::Address;
 use crate::train::{AdamW, AdamWConfig, Ema, Gradients, ParameterGroup};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
-const REPORT_EVERY: Duration = Duration::from_secs(20);
+const REPORT_EVERY: Duration = Duration::from_secs(10);
 const SAVE_EVERY: Duration = Duration::from_secs(90);
 const STEP: &str = "pretrain.step";
 
@@ -31,14 +32,20 @@ pub struct Options {
     pub budget: Duration,
     /// Most updates; training ends when they are made.
     pub steps: Option<u64>,
-    /// How many workers.
+    /// How many threads draw portraits, and, on the CPU, how many workers share a batch.
     pub threads: usize,
+    /// Where the networks are trained. A GPU takes a batch as a whole.
+    pub device: Device,
+    /// What the networks compute in, f32 or bf16. What is trained is f32 either way, and so are losses.
+    pub dtype: DType,
     /// Samples per update; each stage has a default.
     pub batch: Option<usize>,
     /// Peak learning rate; each stage has a default.
     pub learning_rate: Option<f64>,
-    /// How many portraits are drawn.
+    /// How many portraits there are at most.
     pub pool: usize,
+    /// A file of portraits that [`draw`](super::draw) wrote.
+    pub pool_file: Option<PathBuf>,
     /// The seed of all draws.
     pub seed: u64,
     /// Whether to start again where a file of the stage exists.
@@ -48,13 +55,60 @@ pub struct Options {
     pub schedule: (f64, f64),
 }
 
+impl Default for Options {
+    /// Ten minutes on one core.
+    fn default() -> Self {
+        Options {
+            out: "out/pretrain".into(),
+            start: Instant::now(),
+            budget: Duration::from_secs(600),
+            steps: None,
+            threads: 1,
+            device: Device::Cpu,
+            dtype: DType::F32,
+            batch: None,
+            learning_rate: None,
+            pool: 8000,
+            pool_file: None,
+            seed: 0,
+            fresh: false,
+            schedule: (0.0, 1.0),
+        }
+    }
+}
+
+impl Options {
+    /// The workers that share a batch.
+    ///
+    /// # Errors
+    /// Those of [`Workers::new`].
+    pub(super) fn workers(&self) -> Result<Workers> {
+        Workers::new(if self.device.is_cpu() { self.threads } else { 1 })
+    }
+
+    /// The stage's batch: the CPU's unless the networks are on a GPU, or the person who starts it says otherwise.
+    pub(super) fn batch_or(&self, cpu: usize, gpu: usize) -> usize {
+        self.batch.unwrap_or(if self.device.is_cpu() { cpu } else { gpu }).max(1)
+    }
+
+    /// Trainable weights in f32, where the networks are.
+    pub(super) fn trainable(&self, parameters: &Parameters) -> Weights {
+        Weights::trainable(parameters, self.seed, DType::F32, &self.device)
+    }
+
+    /// What networks are given, in the dtype they compute in.
+    pub(super) fn input(&self, tensor: &Tensor) -> Result<Tensor> {
+        ops::cast(tensor, self.dtype)
+    }
+}
+
 /// What a stage decides.
 pub struct Recipe<'a> {
     /// The stage's name, which is that of its file.
     pub stage: &'static str,
     /// What is trained.
     pub parameters: &'a Parameters,
-    /// Samples per update, unless the options say otherwise.
+    /// Samples per update.
     pub batch: usize,
     /// Peak learning rate, unless the options say otherwise; it falls to a twentieth of it along half a cosine.
     pub learning_rate: f64,
@@ -77,9 +131,15 @@ pub struct MicroBatch {
     /// How much of the training is done, 0 to 1.
     pub progress: f64,
     seed: u64,
+    device: Device,
 }
 
 impl MicroBatch {
+    /// Samples of a step that is not part of the training.
+    pub(super) fn of(options: &Options, step: u64, samples: Range<usize>) -> Self {
+        MicroBatch { step, samples, progress: 1.0, seed: options.seed, device: options.device.clone() }
+    }
+
     /// How many samples.
     pub fn size(&self) -> usize {
         self.samples.len()
@@ -95,12 +155,16 @@ impl MicroBatch {
         self.samples.clone().map(|sample| draw(self.address(purpose).sample(sample))).collect()
     }
 
-    /// Standard normal noise `(samples, shape..)`, f32, each sample from its own address.
+    /// Standard normal noise `(samples, shape..)`, f32: each sample from its own address on the CPU, from the device's
+    /// own generator on a GPU, where drawing and copying would take longer than the rest of the update.
     ///
     /// # Errors
     /// [`Error::Candle`] where memory is out.
     pub fn noise(&self, purpose: &'static str, shape: &[usize]) -> Result<Tensor> {
-        let draw = |address: Address| address.normal(shape, candle_core::DType::F32, &Device::Cpu);
+        if !self.device.is_cpu() {
+            return Ok(Tensor::randn(0f32, 1f32, [&[self.size()], shape].concat(), &self.device)?);
+        }
+        let draw = |address: Address| address.normal(shape, DType::F32, &Device::Cpu);
         Ok(Tensor::stack(&self.each(purpose, draw).into_iter().collect::<Result<Vec<_>>>()?, 0)?)
     }
 }
@@ -109,8 +173,8 @@ impl MicroBatch {
 pub struct Losses {
     /// The mean over the samples.
     pub loss: Tensor,
-    /// Named numbers for the report.
-    pub parts: Vec<(&'static str, f64)>,
+    /// Named numbers for the report. They are read when the update is made, as reading waits for the device.
+    pub parts: Vec<(&'static str, Tensor)>,
 }
 
 impl From<Tensor> for Losses {
@@ -122,8 +186,8 @@ impl From<Tensor> for Losses {
 struct Answer {
     gradients: Vec<(String, Tensor)>,
     weight: f64,
-    loss: f64,
-    parts: Vec<(&'static str, f64)>,
+    loss: Tensor,
+    parts: Vec<(&'static str, Tensor)>,
 }
 
 /// Trains until the budget is used up, and leaves the average of the weights in the parameters and in
@@ -168,7 +232,11 @@ pub fn train(
     if let Some(mirror) = recipe.mirror {
         ema.apply_to(mirror)?;
     }
-    let batch = options.batch.unwrap_or(recipe.batch).max(1);
+    let batch = recipe.batch;
+    if !options.device.is_cpu() {
+        // What the device draws by itself.
+        options.device.set_seed(Address::new(options.seed, recipe.stage).step(first_step).rng().random())?;
+    }
     println!(
         "{}: {} parameters, batch {batch}, {} workers, {:.0} s left",
         recipe.stage,
@@ -203,7 +271,8 @@ pub fn train(
             if samples.is_empty() {
                 return Ok(None);
             }
-            let micro = MicroBatch { step, samples, progress: whole, seed: options.seed };
+            let micro =
+                MicroBatch { step, samples, progress: whole, seed: options.seed, device: options.device.clone() };
             let Losses { loss, parts } = loss(&micro)?;
             let weight = micro.size() as f64 / batch as f64;
             let store = (&loss * weight)?.backward()?;
@@ -212,16 +281,14 @@ pub fn train(
                 .iter()
                 .map(|(name, gradient)| Ok((name.to_string(), gradient.contiguous()?)))
                 .collect::<Result<Vec<_>>>()?;
-            Ok(Some(Answer { gradients, weight, loss: f64::from(loss.to_scalar::<f32>()?), parts }))
+            Ok(Some(Answer { gradients, weight, loss: loss.detach(), parts }))
         })?;
         let answers: Vec<Answer> = answers.into_iter().flatten().collect();
-        report_numbers(&mut smooth, &answers);
-        let mut gradients = sum(&answers)?;
-        let norm = gradients.clip(1.0)?;
+        let warm = ((step - first_step + 1) as f64 / 50.0).min(1.0);
+        let factor = 0.05 + 0.95 * 0.5 * (1.0 + (std::f64::consts::PI * whole).cos());
+        let norm = optimizer.clip_and_step(sum(&answers)?, warm * factor, 1.0)?;
+        report_numbers(&mut smooth, &answers)?;
         if norm.is_finite() {
-            let warm = ((step - first_step + 1) as f64 / 50.0).min(1.0);
-            let factor = 0.05 + 0.95 * 0.5 * (1.0 + (std::f64::consts::PI * whole).cos());
-            optimizer.step(&gradients, warm * factor)?;
             ema.update()?;
             if let Some(mirror) = recipe.mirror {
                 ema.apply_to(mirror)?;
@@ -241,11 +308,11 @@ pub fn train(
             let numbers: Vec<String> = smooth.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
             let rate = (step - first_step) as f64 / began.elapsed().as_secs_f64();
             println!(
-                "{}: step {step} ({:.0} %)  {}  norm {norm:.3}  {rate:.2} steps/s, {:.2} samples/s/worker",
+                "{}: step {step} ({:.0} %)  {}  norm {norm:.3}  {rate:.2} steps/s, {:.1} samples/s",
                 recipe.stage,
                 100.0 * progress,
                 numbers.join("  "),
-                rate * batch as f64 / workers.count() as f64,
+                rate * batch as f64,
             );
         }
         if saved.elapsed() > SAVE_EVERY {
@@ -256,7 +323,14 @@ pub fn train(
     save(&ema, &optimizer, step)?;
     ema.apply_to(parameters)?;
     let numbers: Vec<String> = smooth.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-    println!("{}: done after step {step}  {}", recipe.stage, numbers.join("  "));
+    let seconds = began.elapsed().as_secs_f64();
+    let samples = (step - first_step) * batch as u64;
+    println!(
+        "{}: done after step {step}, {samples} samples in {seconds:.1} s ({:.0} a second)  {}",
+        recipe.stage,
+        samples as f64 / seconds,
+        numbers.join("  ")
+    );
     Ok(())
 }
 
@@ -281,11 +355,13 @@ fn sum(answers: &[Answer]) -> Result<Gradients> {
 }
 
 /// Moves the smoothed numbers of the report towards those of this update.
-fn report_numbers(smooth: &mut Vec<(&'static str, f64)>, answers: &[Answer]) {
+fn report_numbers(smooth: &mut Vec<(&'static str, f64)>, answers: &[Answer]) -> Result<()> {
+    let read = |tensor: &Tensor| -> Result<f64> { Ok(tensor.to_dtype(DType::F64)?.to_scalar::<f64>()?) };
     let mut now = vec![("loss", 0.0)];
     for answer in answers {
-        now[0].1 += answer.weight * answer.loss;
+        now[0].1 += answer.weight * read(&answer.loss)?;
         for (name, value) in &answer.parts {
+            let value = read(value)?;
             match now.iter_mut().find(|(known, _)| known == name) {
                 Some((_, sum)) => *sum += answer.weight * value,
                 None => now.push((name, answer.weight * value)),
@@ -298,4 +374,5 @@ fn report_numbers(smooth: &mut Vec<(&'static str, f64)>, answers: &[Answer]) {
             None => smooth.push((name, value)),
         }
     }
+    Ok(())
 }
