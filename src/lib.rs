@@ -66,8 +66,10 @@
 //! return [`Error`], which names the file, tensor or field at fault; input never makes the library panic.
 //!
 //! # Features
-//! The default is pure Rust on the CPU. `cuda`, `cudnn` and `nccl` pass the feature of the same name on to candle;
-//! **the operations in [`ops`] have no CUDA kernels yet**, so networks do not run on a GPU in this release.
+//! The default is pure Rust on the CPU. `cuda` compiles the kernels of all operations in [`ops`] and of the optimizer for
+//! NVIDIA GPUs from compute capability 8.0 on, with tensor-core kernels of their own for Hopper; it needs the CUDA
+//! toolkit. `cuda::open` then opens a GPU, whose device goes wherever `Device::Cpu` does. `cudnn` and `nccl` pass the
+//! features of these names on to candle; nothing here uses them yet.
 #![warn(missing_docs)]
 
 pub mod autograd;
