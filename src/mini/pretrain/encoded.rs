@@ -72,25 +72,32 @@ pub(super) struct Noised {
 }
 
 impl Encoded {
-    /// Draws or reads the pool, and encodes it.
+    /// Draws or reads the pool, and encodes as much of it as a quarter of the time budget lets: the pool of a long run is
+    /// too large for a stage that is given little time, or a device that others use too.
     pub fn new(workers: &Workers, options: &Options, encoders: &Encoders, features: bool) -> Result<Self> {
         let pool = Pool::of(options)?;
-        let began = Instant::now();
+        let (began, most) = (Instant::now(), options.budget / 4);
         let piece = if options.device.is_cpu() { 8 } else { 256 };
         let encode = |captions: Vec<String>| -> Result<TextEmbeddings> {
             let text = encoders.text.encode(&captions)?;
             Ok(TextEmbeddings { hidden_states: text.hidden_states.detach(), pooled: text.pooled.detach() })
         };
+        println!("{} portraits to encode", pool.len());
         let pieces = workers.map(pool.len(), piece, |range| {
+            if range.start > 0 && options.start.elapsed() > most {
+                return Ok(None);
+            }
             let pictures = options.input(&pool.images(&range.clone().collect::<Vec<_>>())?)?;
             let portraits = &pool.portraits[range];
-            Ok((
+            Ok(Some((
                 encoders.autoencoder.encode(&pictures)?.detach().to_dtype(DType::F32)?,
                 encode(portraits.iter().map(|portrait| portrait.prompt()).collect())?,
                 encode(portraits.iter().map(|portrait| portrait.described_prompt()).collect())?,
                 if features { Some(encoders.vision.features(&pictures)?.detach()) } else { None },
-            ))
+            )))
         })?;
+        // Pieces are begun in order: those that were encoded are the first ones, but for a last few.
+        let pieces: Vec<_> = pieces.into_iter().map_while(|piece| piece).collect();
         let texts = || {
             pieces.iter().map(|(_, compressed, ..)| compressed).chain(pieces.iter().map(|(.., described, _)| described))
         };
@@ -101,7 +108,8 @@ impl Encoded {
         let latents = Tensor::cat(&pieces.iter().map(|(latents, ..)| latents).collect::<Vec<_>>(), 0)?;
         let all_features: Vec<&Tensor> = pieces.iter().filter_map(|(.., features)| features.as_ref()).collect();
         let features = if features { Some(Tensor::cat(&all_features, 0)?) } else { None };
-        println!("{} portraits encoded in {:.1} s", pool.len(), began.elapsed().as_secs_f64());
+        let pool = pool.first(latents.dim(0)?);
+        println!("{} of them encoded in {:.1} s", pool.len(), began.elapsed().as_secs_f64());
         Ok(Encoded { latents, texts, features, pool })
     }
 

@@ -183,7 +183,7 @@ impl Pool {
     }
 
     /// Only the first portraits, at most so many.
-    fn first(mut self, most: usize) -> Self {
+    pub(super) fn first(mut self, most: usize) -> Self {
         let count = most.clamp(1, self.len());
         self.portraits.truncate(count);
         self.landmarks.truncate(count);
