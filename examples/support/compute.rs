@@ -36,10 +36,12 @@ impl Compute {
     pub fn dtype(&self, on_gpu: DType) -> anyhow::Result<DType> {
         match (self.device, self.dtype) {
             (Place::Cpu, None | Some(Type::F32)) => Ok(DType::F32),
-            (Place::Cpu, Some(_)) => bail!("--dtype: the CPU computes in f32 only"),
+            (Place::Cpu, Some(Type::F64)) => Ok(DType::F64),
+            (Place::Cpu, Some(Type::Bf16)) => bail!("--dtype: the CPU computes in f32 and f64"),
             (Place::Cuda(_), None) => Ok(on_gpu),
             (Place::Cuda(_), Some(Type::F32)) => Ok(DType::F32),
             (Place::Cuda(_), Some(Type::Bf16)) => Ok(DType::BF16),
+            (Place::Cuda(_), Some(Type::F64)) => bail!("--dtype: a GPU computes in f32 and bf16"),
         }
     }
 }
@@ -66,5 +68,6 @@ impl FromStr for Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Type {
     F32,
+    F64,
     Bf16,
 }
