@@ -45,7 +45,7 @@ fn portrait(identity: u64, address: Address) -> Portrait {
     }
 }
 
-/// Drawn portraits: people `first..`, [`PER_IDENTITY`] of each one after the other.
+/// Drawn portraits: people `first..`, the same number of each one after the other.
 #[derive(Debug)]
 pub struct Pool {
     /// What is drawn.

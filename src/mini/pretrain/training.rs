@@ -44,7 +44,7 @@ pub struct Options {
     pub learning_rate: Option<f64>,
     /// How many portraits there are at most.
     pub pool: usize,
-    /// A file of portraits that [`draw`](super::draw) wrote.
+    /// A file of portraits that the stage `draw` wrote.
     pub pool_file: Option<PathBuf>,
     /// The seed of all draws.
     pub seed: u64,
