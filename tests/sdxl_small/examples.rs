@@ -84,7 +84,7 @@ fn personalize_and_train_are_one_command_each() -> Result<()> {
         (vec!["--weights", "weights"], "opencv/face_recognition_sface"),
         (vec!["--weights", "nowhere"], "--weights nowhere: no such folder"),
         (vec![], "stabilityai/stable-diffusion-xl-base-1.0"),
-        ([&["--weights", "weights", "--dtype", "bf16"][..], &identity].concat(), "expected one of [F32, F64]"),
+        ([&["--weights", "weights", "--dtype", "bf16"][..], &identity].concat(), "the CPU computes in f32 and f64"),
     ] {
         let output = run(&personalize, &layout, &offline, &arguments)?;
         let message = String::from_utf8_lossy(&output.stderr).to_string();
