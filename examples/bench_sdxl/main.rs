@@ -37,6 +37,9 @@ struct Arguments {
     /// Batch sizes of the training iterations
     #[arg(long, value_delimiter = ',', default_value = "1,4,8")]
     batch: Vec<usize>,
+    /// Keep the outputs of attention in training iterations instead of computing them again
+    #[arg(long)]
+    keep_attention: bool,
     /// Which GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -73,7 +76,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         unet::measure(&mut report)?;
     }
     if wanted(Part::Training) {
-        training::measure(&mut report, &arguments.batch)?;
+        training::measure(&mut report, &arguments.batch, arguments.keep_attention)?;
     }
     if arguments.parts.contains(&Part::Phases) {
         phases::measure(&mut report, &arguments.batch)?;

@@ -16,7 +16,7 @@ const JOINT_PASSES: f64 = 9.0;
 /// The same for the two updates of an alternating iteration, each with its own run of the KV encoder.
 const ALTERNATING_PASSES: f64 = 12.0;
 
-pub fn measure(report: &mut Report, batches: &[usize]) -> Result<()> {
+pub fn measure(report: &mut Report, batches: &[usize], keep_attention: bool) -> Result<()> {
     let device = report.device.clone();
     let base = base(&device)?;
     let (encoder, parameters) = trainable_encoder(&base.unet, &device)?;
@@ -27,6 +27,7 @@ pub fn measure(report: &mut Report, batches: &[usize]) -> Result<()> {
     let timesteps = AnnealedTimestepSampler::new(0.2, 1000, 1000)?;
     for &batch in batches {
         let mut config = TrainConfig::official();
+        config.keep_attention = keep_attention;
         config.train_batch_size = batch;
         config.lookahead.batch_size = batch;
         config.timesteps.lcm_max_timestep = 1000;
