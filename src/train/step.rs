@@ -6,7 +6,7 @@ use super::TrainConfig;
 use crate::Result;
 use crate::data::Batch;
 use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_text};
-use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, preview};
+use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, PreviewPath, preview};
 use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::Loras;
 use crate::ops;
@@ -240,13 +240,16 @@ impl StepLosses<'_> {
         report: &mut LossReport,
     ) -> Result<Option<Tensor>> {
         let (base, config) = (self.base, &self.config.lookahead);
-        let lora_scale = config.lora_scale.at(self.config.seed, step);
-        report.lora_scale = Some(lora_scale);
-        let pass = self.pass(conditions, Loras::one(&base.lcm_lora, lora_scale));
+        report.lora_scale = match config.through {
+            PreviewPath::Lcm => Some(config.lora_scale.at(self.config.seed, step)),
+            PreviewPath::X0 => None,
+        };
+        let loras = report.lora_scale.map_or_else(Loras::none, |scale| Loras::one(&base.lcm_lora, scale));
+        let pass = self.pass(conditions, loras);
         let noise_prediction = base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
         let latents = preview(&base.schedule, &conditions.noised, &noise_prediction, timesteps, config.preview_form)?;
         let previews = base.preview_decoder.decode(&latents)?;
-        let factor = if config.scale_loss_by_lora_scale { lora_scale } else { 1.0 };
+        let factor = report.lora_scale.filter(|_| config.scale_loss_by_lora_scale).unwrap_or(1.0);
         let mut total: Option<Tensor> = None;
         for (loss, weight) in self.image_losses {
             let value = loss.loss(&previews, &prepared.conditioning_images)?;
