@@ -22,9 +22,9 @@ Examples:
   cargo run --release --example experiments -- --figure 2
   cargo run --release --features cuda --example experiments -- --table 2 --full --device cuda --jobs 4")]
 pub struct Arguments {
-    /// Which experiment.
-    #[arg(long, value_enum, required_unless_present_any = ["table", "figure"])]
-    experiment: Option<Experiment>,
+    /// Which experiment, or which ones, separated by commas.
+    #[arg(long, value_enum, value_delimiter = ',', required_unless_present_any = ["table", "figure"])]
+    experiment: Vec<Experiment>,
     /// The experiment that repeats this table of the paper: 2, the ablation.
     #[arg(long, value_parser = ["2"], conflicts_with_all = ["experiment", "figure"])]
     table: Option<String>,
@@ -45,7 +45,7 @@ pub struct Arguments {
     /// Only these rows, by their short names, separated by commas.
     #[arg(long, alias = "rows", value_delimiter = ',', value_name = "ROW,..")]
     only: Vec<String>,
-    /// Only every N-th of the measurements that are missing, from the I-th on: for N programs that share the work.
+    /// Only every N-th measurement, from the I-th on: for N programs that share the work.
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     pub part: Part,
     /// Measurements that run side by side in this program, each on a thread (and GPU stream) of its own.
@@ -134,26 +134,35 @@ enum Experiment {
 }
 
 impl Arguments {
-    /// The experiment that is asked for, with the rows that are.
-    pub fn plan(&self) -> Plan {
-        match self.experiment {
-            Some(Experiment::Alignment) => alignment::PLAN,
-            Some(Experiment::Ablation) => ablation::PLAN,
-            Some(Experiment::Annealing) => annealing::PLAN,
-            Some(Experiment::Updates) => updates::PLAN,
-            None if self.table.is_some() => ablation::PLAN,
-            None => alignment::PLAN,
+    /// The experiments that are asked for.
+    pub fn plans(&self) -> Vec<Plan> {
+        let plan = |experiment: &Experiment| match experiment {
+            Experiment::Alignment => alignment::PLAN,
+            Experiment::Ablation => ablation::PLAN,
+            Experiment::Annealing => annealing::PLAN,
+            Experiment::Updates => updates::PLAN,
+        };
+        match (&self.table, &self.figure) {
+            (Some(_), _) => vec![ablation::PLAN],
+            (_, Some(_)) => vec![alignment::PLAN],
+            (None, None) => self.experiment.iter().map(plan).collect(),
         }
     }
 
-    /// The rows of a plan that are asked for.
-    pub fn rows(&self, plan: &Plan) -> anyhow::Result<Vec<Row>> {
-        let names = || plan.rows.iter().map(|row| row.name).collect::<Vec<_>>().join(", ");
-        if let Some(unknown) = self.only.iter().find(|name| !plan.rows.iter().any(|row| row.name == **name)) {
-            anyhow::bail!("--only {unknown}: the rows of this experiment are {}", names());
+    /// The rows of experiments that are asked for; those that several experiments have only once.
+    pub fn rows(&self, plans: &[Plan]) -> anyhow::Result<Vec<Row>> {
+        let mut rows: Vec<Row> = Vec::new();
+        for row in plans.iter().flat_map(|plan| plan.rows) {
+            if !rows.iter().any(|known| known.name == row.name) {
+                rows.push(*row);
+            }
         }
-        let asked = |row: &&Row| self.only.is_empty() || self.only.iter().any(|name| name == row.name);
-        Ok(plan.rows.iter().filter(asked).copied().collect())
+        let names = || rows.iter().map(|row| row.name).collect::<Vec<_>>().join(", ");
+        if let Some(unknown) = self.only.iter().find(|name| !rows.iter().any(|row| row.name == **name)) {
+            anyhow::bail!("--only {unknown}: the rows are {}", names());
+        }
+        rows.retain(|row| self.only.is_empty() || self.only.iter().any(|name| name == row.name));
+        Ok(rows)
     }
 
     pub fn seeds(&self) -> Vec<u64> {

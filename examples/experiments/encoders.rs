@@ -58,21 +58,31 @@ pub fn trained_on(
     let run = setting.out.join("runs").join(unit.name());
     let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run)?;
     let (start, steps) = (Instant::now(), setting.size.steps);
-    let (mut diffusion, mut lookahead) = (Vec::new(), Vec::new());
+    let (mut diffusion, mut lookahead, mut norms) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
+    let mut half = start;
     for step in 0..steps {
+        if step == steps / 2 {
+            half = Instant::now();
+        }
         let report = trainer.train_step().with_context(|| format!("{}: step {step}", unit.name()))?;
+        norms.iter_mut().zip(&report.gradient_norms).for_each(|(norms, norm)| norms.push(*norm));
         diffusion.extend(report.losses.diffusion);
         lookahead
             .extend(report.losses.lookahead.first().filter(|(.., counted)| *counted > 0).map(|(_, loss, _)| *loss));
     }
     let seconds = start.elapsed().as_secs_f64();
+    // Of the second half: the first iterations on a GPU also load its kernels.
+    let rate = (steps - steps / 2) as f64 / half.elapsed().as_secs_f64();
     let personalizer = trainer.personalizer()?;
     // What training held on to is not needed for sampling.
     drop(trainer);
     let mut outcome = evaluate(setting, unit, &personalizer, 1.0, kv_branch)?;
-    outcome.speed.extend([("training".to_string(), seconds), ("steps_per_second".into(), steps as f64 / seconds)]);
-    // Losses at the beginning and at the end, each over a tenth of the run.
-    for (name, losses) in [("diffusion", diffusion), ("identity_loss", lookahead)] {
+    outcome.speed.extend([("training".to_string(), seconds), ("steps_per_second".into(), rate)]);
+    // Losses and the norms of their gradients (of alternating updates one after the other) at the beginning and at the
+    // end, each over a tenth of the run.
+    let [norm, second_norm] = norms;
+    let curves = [("diffusion", diffusion), ("identity_loss", lookahead), ("norm", norm), ("second_norm", second_norm)];
+    for (name, losses) in curves {
         let tenth = losses.len().div_ceil(10).max(1);
         let ends = [("first", losses.chunks(tenth).next()), ("last", losses.rchunks(tenth).next())];
         let means = ends.into_iter().filter_map(|(end, part)| {

@@ -25,15 +25,15 @@ use std::process::ExitCode;
 use arguments::Arguments;
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let plan = arguments.plan();
+    let plans = arguments.plans();
     people::draw_training_set(&arguments)?;
     if arguments.prepare {
         return Ok(());
     }
     if !arguments.collect {
-        work::run(&arguments, &plan)?;
+        work::run(&arguments, &plans)?;
     }
-    report::print(&arguments, &plan)
+    plans.iter().try_for_each(|plan| report::print(&arguments, plan))
 }
 
 fn main() -> ExitCode {

@@ -17,7 +17,7 @@ use crate::plan::Plan;
 
 /// Prints the table of what is there, and writes it, with a contact sheet, to the output folder.
 pub fn print(arguments: &Arguments, plan: &Plan) -> anyhow::Result<()> {
-    let (out, outcomes) = (arguments.out(), Outcomes::load(arguments, &arguments.rows(plan)?)?);
+    let (out, outcomes) = (arguments.out(), Outcomes::load(arguments, plan.rows)?);
     let seeds: Vec<String> = arguments.seeds().iter().map(u64::to_string).collect();
     let people = if arguments.validation { "validation" } else { "test" };
     let mut text = format!("## {}\n\n", plan.title);

@@ -10,14 +10,13 @@ use crate::plan::{Plan, Row, Unit};
 use crate::setting::{Setting, fingerprint};
 
 /// Measures this program's share of the rows and seeds that have no outcome yet.
-pub fn run(arguments: &Arguments, plan: &Plan) -> anyhow::Result<()> {
-    let (out, fingerprint, rows) = (arguments.out(), fingerprint(arguments)?, arguments.rows(plan)?);
-    // Seeds first: the trainings, which take longest, are then spread over the shares.
-    let units: Vec<(Row, Unit)> = arguments
-        .seeds()
-        .into_iter()
-        .flat_map(|seed| rows.iter().map(move |row| (*row, Unit { row: row.name, seed })))
-        .collect();
+pub fn run(arguments: &Arguments, plans: &[Plan]) -> anyhow::Result<()> {
+    let (out, fingerprint, rows) = (arguments.out(), fingerprint(arguments)?, arguments.rows(plans)?);
+    let seeds = arguments.seeds();
+    // Tables end with what takes longest; begun last, it would be waited for.
+    let of_all_seeds =
+        |row: &Row| seeds.iter().map(|seed| (*row, Unit { row: row.name, seed: *seed })).collect::<Vec<_>>();
+    let units: Vec<(Row, Unit)> = rows.iter().rev().flat_map(of_all_seeds).collect();
     let mut missing = Vec::new();
     for place in arguments.part.of(0..units.len()) {
         if Outcome::load(&out, units[place].1, &fingerprint)?.is_none() {
