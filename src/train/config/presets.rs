@@ -66,6 +66,7 @@ impl TrainConfig {
                 scale_loss_by_lora_scale: false,
                 preview_form: PreviewForm::Equation3,
                 lora_scale: LoraScale { full_probability: 0.5, min_scale: 0.1, hold_iterations: 1 },
+                alignment: AlignmentConfig::default(),
             },
             checkpointing: CheckpointingConfig { every_n_steps: 500, keep_last: 2 },
             validation: ValidationConfig {
