@@ -33,4 +33,4 @@ pub use identity_loss::IdentityLoss;
 pub use kv_encoder::{KvEncoder, KvEncoderConfig};
 pub use loss::{ImageLoss, LossValue};
 pub use lpips_loss::LpipsLoss;
-pub use preview::{PreviewForm, preview};
+pub use preview::{PreviewForm, PreviewPath, preview};

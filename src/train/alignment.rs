@@ -47,7 +47,7 @@ impl StepLosses<'_> {
     /// The consistency function at the lookahead's timesteps, which is trained.
     fn consistency_at_timesteps(&self, view: &View<'_>, lcm: &LcmPass) -> Result<Tensor> {
         // The model with a part of the LCM-LoRA is no consistency function: only the whole one is held to be one.
-        let pass = match lcm.lora_scale == 1.0 {
+        let pass = match lcm.lora_scale == Some(1.0) {
             true => None,
             false => Some(self.pass(view.conditions, Loras::one(&self.base.lcm_lora, 1.0))),
         };
@@ -269,7 +269,7 @@ mod tests {
         let timesteps = losses.draw_timesteps(&step.timesteps, "lookahead timestep", &prepared, DRAW);
         let conditions = losses.conditions(&prepared, &timesteps, losses.address("lookahead kv drop", DRAW), false)?;
         let view = View { prepared: &prepared, timesteps: &timesteps, conditions: &conditions, noise_prediction: None };
-        let lcm = losses.lcm_pass(&view, step.config.lookahead.lora_scale.at(step.config.seed, 1))?;
+        let lcm = losses.lcm_pass(&view, Some(step.config.lookahead.lora_scale.at(step.config.seed, 1)))?;
         see(&losses, &view, &lcm)
     }
 
@@ -310,7 +310,7 @@ mod tests {
         let timesteps = losses.draw_timesteps(&step.timesteps, "timestep", &prepared, DRAW);
         let conditions = losses.conditions(&prepared, &timesteps, losses.address("kv drop", DRAW), false)?;
         let view = View { prepared: &prepared, timesteps: &timesteps, conditions: &conditions, noise_prediction: None };
-        let Some((_, expected)) = losses.alignment(&view, &losses.lcm_pass(&view, 1.0)?, DRAW)? else { panic!("none") };
+        let Some((_, expected)) = losses.alignment(&view, &losses.lcm_pass(&view, Some(1.0))?, DRAW)? else { panic!("none") };
         let (expected, found) = (expected.to_scalar::<f64>()?, report.alignment.map(|(_, value)| value));
         assert!(found.is_some_and(|found| (found - expected).abs() < 1e-12 * expected), "{found:?} and {expected}");
         Ok(())

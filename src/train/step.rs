@@ -6,7 +6,7 @@ use super::TrainConfig;
 use crate::Result;
 use crate::data::Batch;
 use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_text};
-use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, preview};
+use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, PreviewPath, preview};
 use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::Loras;
 use crate::ops;
@@ -244,11 +244,14 @@ impl StepLosses<'_> {
     /// Equation 4, and the loss that keeps the path aligned; `None` where nothing is to be trained on.
     fn lookahead_loss(&self, view: &View<'_>, step: u64, draw: u64, report: &mut LossReport) -> Result<Option<Tensor>> {
         let (base, config) = (self.base, &self.config.lookahead);
-        let lora_scale = config.lora_scale.at(self.config.seed, step);
-        report.lora_scale = Some(lora_scale);
+        let lora_scale = match config.through {
+            PreviewPath::Lcm => Some(config.lora_scale.at(self.config.seed, step)),
+            PreviewPath::X0 => None,
+        };
+        report.lora_scale = lora_scale;
         let lcm = self.lcm_pass(view, lora_scale)?;
         let previews = base.preview_decoder.decode(&lcm.previews)?;
-        let factor = if config.scale_loss_by_lora_scale { lora_scale } else { 1.0 };
+        let factor = lora_scale.filter(|_| config.scale_loss_by_lora_scale).unwrap_or(1.0);
         let mut total: Option<Tensor> = None;
         for (loss, weight) in self.image_losses {
             let value = loss.loss(&previews, &view.prepared.conditioning_images)?;
@@ -274,10 +277,11 @@ impl StepLosses<'_> {
         Ok(total)
     }
 
-    /// Equation 3.
-    pub(super) fn lcm_pass(&self, view: &View<'_>, lora_scale: f64) -> Result<LcmPass> {
+    /// Equation 3, or the same without the LCM-LoRA where it has no scale.
+    pub(super) fn lcm_pass(&self, view: &View<'_>, lora_scale: Option<f64>) -> Result<LcmPass> {
         let (base, noised, timesteps) = (self.base, &view.conditions.noised, view.timesteps);
-        let pass = self.pass(view.conditions, Loras::one(&base.lcm_lora, lora_scale));
+        let loras = lora_scale.map_or_else(Loras::none, |scale| Loras::one(&base.lcm_lora, scale));
+        let pass = self.pass(view.conditions, loras);
         let noise_prediction = base.unet.forward(noised, timesteps, &view.prepared.text, &pass)?;
         let form = self.config.lookahead.preview_form;
         let previews = preview(&base.schedule, noised, &noise_prediction, timesteps, form)?;
@@ -299,7 +303,8 @@ pub(super) struct LcmPass {
     pub(super) noise_prediction: Tensor,
     /// Clean latents.
     pub(super) previews: Tensor,
-    pub(super) lora_scale: f64,
+    /// None where the LCM-LoRA took no part.
+    pub(super) lora_scale: Option<f64>,
 }
 
 /// What the encoder makes of a batch at its timesteps, and the noised targets.

@@ -107,7 +107,7 @@ impl Trainer {
             if !adapter.tensors.iter().all(fits) {
                 let reason = format!(
                     "the encoder to start from has a KV branch of other ranks or blocks (`{name}` is {:?}); set \
-                     encoder_lora_rank, kv_lora_rank and extended_layers to its own",
+                     kv_branch, encoder_lora_rank, kv_lora_rank and extended_layers to its own",
                     adapter.tensors[name].dims()
                 );
                 return Err(config_error("adapter", reason));
@@ -136,7 +136,7 @@ impl Trainer {
             }
         };
         if trained.is_empty() {
-            let reason = "nothing would be trained: the adapter is frozen and both LoRA ranks are 0".into();
+            let reason = "nothing would be trained: the adapter is frozen, and there is no KV branch or both its LoRA ranks are 0".into();
             return Err(config_error("adapter.optimize_adapter", reason));
         }
         let optimizer = optimizer(&trained, &config)?;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::AlignmentConfig;
 use super::check::Checker;
 use crate::Result;
-use crate::lookahead::{LoraScale, PreviewForm};
+use crate::lookahead::{LoraScale, PreviewForm, PreviewPath};
 
 /// The lookahead loss (paper section 4.1).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct LookaheadConfig {
     pub perceptual_weight: f64,
     /// Whether the loss is multiplied by the current scale of the LCM-LoRA. Default false; official code true.
     pub scale_loss_by_lora_scale: bool,
+    /// Through which denoiser the loss looks. Default `"lcm"`: with the LCM-LoRA, the paper's method; `"x0"`: without it,
+    /// the approximation that the paper's ablation compares with (table 2). There the scale of the LoRA plays no part.
+    pub through: PreviewPath,
     /// How the preview is computed. Default `"eq3"` (paper equation 3); official code `"boundary"`.
     pub preview_form: PreviewForm,
     /// Random scale of the LCM-LoRA.
