@@ -134,9 +134,11 @@ fn claim(config: &GenerateConfig) -> Result<()> {
     fs::create_dir_all(&config.out).map_err(Error::io("create the folder", &config.out))?;
     let mut items = fs::read_dir(&config.out).map_err(Error::io("list the folder", &config.out))?;
     if items.next().is_some() && !config.force {
-        match fs::read_to_string(&marker).ok().and_then(|text| serde_json::from_str::<GenerateConfig>(&text).ok()) {
-            Some(old) if (GenerateConfig { out: config.out.clone(), force: config.force, ..old }) == *config => {}
-            Some(_) => return refuse("it was generated with other settings; choose another folder, or force it"),
+        let same = |old| GenerateConfig { out: config.out.clone(), force: config.force, ..old } == *config;
+        let old = fs::read_to_string(&marker).ok().and_then(|text| serde_json::from_str::<GenerateConfig>(&text).ok());
+        match old.map(same) {
+            Some(true) => {}
+            Some(false) => return refuse("it was generated with other settings; choose another folder, or force it"),
             None => return refuse("the folder is not empty; choose another folder, or force it"),
         }
     }
