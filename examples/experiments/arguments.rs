@@ -8,7 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 
 use crate::plan::{Plan, Row};
 use crate::support::Compute;
-use crate::{ablation, alignment, annealing, updates};
+use crate::{ablation, alignment, annealing, guidance, keeping, updates};
 
 /// Repeats the paper's experiments on the miniature, with the weights that are part of the crate.
 ///
@@ -28,8 +28,8 @@ pub struct Arguments {
     /// The experiment that repeats this table of the paper: 2, the ablation.
     #[arg(long, value_parser = ["2"], conflicts_with_all = ["experiment", "figure"])]
     table: Option<String>,
-    /// The experiment that repeats this figure of the paper: 2, the alignment of previews.
-    #[arg(long, value_parser = ["2"], conflicts_with = "experiment")]
+    /// The experiment that repeats this figure of the paper: 2, the alignment of previews; 5, guidance through them.
+    #[arg(long, value_parser = ["2", "5"], conflicts_with = "experiment")]
     figure: Option<String>,
     /// A small version, for two CPU cores and a quarter of an hour; the default.
     #[arg(long, conflicts_with = "full")]
@@ -127,10 +127,14 @@ enum Experiment {
     Alignment,
     /// What each part of the method gains (table 2).
     Ablation,
+    /// What keeps previews near the model's own pictures (section 4.2).
+    Keeping,
     /// How strongly timesteps favour noise (section 4.2).
     Annealing,
     /// One update of both losses, or one of each.
     Updates,
+    /// Guidance through the preview, and through x0 (figure 5).
+    Guidance,
 }
 
 impl Arguments {
@@ -139,9 +143,12 @@ impl Arguments {
         match self.experiment {
             Some(Experiment::Alignment) => alignment::PLAN,
             Some(Experiment::Ablation) => ablation::PLAN,
+            Some(Experiment::Keeping) => keeping::PLAN,
             Some(Experiment::Annealing) => annealing::PLAN,
             Some(Experiment::Updates) => updates::PLAN,
+            Some(Experiment::Guidance) => guidance::PLAN,
             None if self.table.is_some() => ablation::PLAN,
+            None if self.figure.as_deref() == Some("5") => guidance::PLAN,
             None => alignment::PLAN,
         }
     }

@@ -42,21 +42,34 @@ pub fn portraits(setting: &Setting, unit: Unit) -> anyhow::Result<Outcome> {
 
 /// The IP-Adapter after training with a configuration that differs from the experiments' in what `change` does to it.
 pub fn trained(setting: &Setting, unit: Unit, change: fn(&mut TrainConfig)) -> anyhow::Result<Outcome> {
+    watched(setting, unit, change, |_, _| Ok(()))
+}
+
+/// The same, with a look at the encoder before every iteration (its number is given) and after the last one.
+pub fn watched(
+    setting: &Setting,
+    unit: Unit,
+    change: impl Fn(&mut TrainConfig),
+    mut watch: impl FnMut(u64, &Trainer) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let mut config = configuration(setting, unit.seed);
     change(&mut config);
     let kv_branch = config.adapter.kv_branch;
     let run = setting.out.join("runs").join(unit.name());
     let dataset = people::training_set(setting)?;
     let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run)?;
-    let (start, steps) = (Instant::now(), setting.size.steps);
+    let (mut seconds, steps) = (0.0, setting.size.steps);
     let (mut diffusion, mut lookahead) = (Vec::new(), Vec::new());
     for step in 0..steps {
+        watch(step, &trainer)?;
+        let start = Instant::now();
         let report = trainer.train_step().with_context(|| format!("{}: step {step}", unit.name()))?;
         diffusion.extend(report.losses.diffusion);
         lookahead
             .extend(report.losses.lookahead.first().filter(|(.., counted)| *counted > 0).map(|(_, loss, _)| *loss));
+        seconds += start.elapsed().as_secs_f64();
     }
-    let seconds = start.elapsed().as_secs_f64();
+    watch(steps, &trainer)?;
     let personalizer = trainer.personalizer()?;
     // What training held on to is not needed for sampling.
     drop(trainer);

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 
 use super::{ImageLoss, LossValue};
-use crate::Result;
 use crate::models::clip_vision::ClipVision;
 use crate::models::identity::normalise;
+use crate::{Result, ops};
 
 /// One minus the cosine of the pooled CLIP embeddings of both pictures (paper, section 5.1: "CLIP loss"), which
 /// "preserves semantic attributes such as facial hair".
@@ -22,7 +22,8 @@ impl ClipImageLoss {
     }
 
     fn embed(&self, images: &Tensor) -> Result<Tensor> {
-        normalise(&self.network.forward(&self.network.preprocess(images)?)?.pooled)
+        let images = ops::cast(images, self.network.kind().0)?;
+        normalise(&self.network.forward(&self.network.preprocess(&images)?)?.pooled)
     }
 }
 
@@ -54,7 +55,8 @@ impl FeatureLoss {
 
     /// `(batch, patches, width)`.
     fn features(&self, images: &Tensor) -> Result<Tensor> {
-        let states = self.network.penultimate_hidden_states(&self.network.preprocess(images)?)?;
+        let images = ops::cast(images, self.network.kind().0)?;
+        let states = self.network.penultimate_hidden_states(&self.network.preprocess(&images)?)?;
         // The first token stands for no place.
         normalise(&states.narrow(1, 1, states.dim(1)? - 1)?.contiguous()?)
     }

@@ -310,7 +310,9 @@ mod tests {
         let timesteps = losses.draw_timesteps(&step.timesteps, "timestep", &prepared, DRAW);
         let conditions = losses.conditions(&prepared, &timesteps, losses.address("kv drop", DRAW), false)?;
         let view = View { prepared: &prepared, timesteps: &timesteps, conditions: &conditions, noise_prediction: None };
-        let Some((_, expected)) = losses.alignment(&view, &losses.lcm_pass(&view, Some(1.0))?, DRAW)? else { panic!("none") };
+        let Some((_, expected)) = losses.alignment(&view, &losses.lcm_pass(&view, Some(1.0))?, DRAW)? else {
+            panic!("none")
+        };
         let (expected, found) = (expected.to_scalar::<f64>()?, report.alignment.map(|(_, value)| value));
         assert!(found.is_some_and(|found| (found - expected).abs() < 1e-12 * expected), "{found:?} and {expected}");
         Ok(())
