@@ -9,7 +9,7 @@ use lcm_lookahead::mini::RESOLUTION;
 use lcm_lookahead::mini::portrait::HELD_OUT_COMBINATIONS;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::LrSchedule;
-use lcm_lookahead::{Personalizer, TrainConfig, Trainer};
+use lcm_lookahead::{FaceDataset, Personalizer, TrainConfig, Trainer};
 
 use crate::evaluation::{self, Metrics};
 use crate::outcome::Outcome;
@@ -42,13 +42,24 @@ pub fn portraits(setting: &Setting, unit: Unit) -> anyhow::Result<Outcome> {
 
 /// The IP-Adapter after training with a configuration that differs from the experiments' in what `change` does to it.
 pub fn trained(setting: &Setting, unit: Unit, change: fn(&mut TrainConfig)) -> anyhow::Result<Outcome> {
-    watched(setting, unit, change, |_, _| Ok(()))
+    trained_on(setting, unit, people::training_set(setting)?, change)
+}
+
+/// The same on other pictures.
+pub fn trained_on(
+    setting: &Setting,
+    unit: Unit,
+    dataset: FaceDataset,
+    change: fn(&mut TrainConfig),
+) -> anyhow::Result<Outcome> {
+    watched(setting, unit, dataset, change, |_, _| Ok(()))
 }
 
 /// The same, with a look at the encoder before every iteration (its number is given) and after the last one.
 pub fn watched(
     setting: &Setting,
     unit: Unit,
+    dataset: FaceDataset,
     change: impl Fn(&mut TrainConfig),
     mut watch: impl FnMut(u64, &Trainer) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
@@ -56,7 +67,6 @@ pub fn watched(
     change(&mut config);
     let kv_branch = config.adapter.kv_branch;
     let run = setting.out.join("runs").join(unit.name());
-    let dataset = people::training_set(setting)?;
     let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run)?;
     let (mut seconds, steps) = (0.0, setting.size.steps);
     let (mut diffusion, mut lookahead) = (Vec::new(), Vec::new());

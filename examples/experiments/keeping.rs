@@ -66,7 +66,7 @@ fn measure(setting: &Setting, unit: Unit, change: fn(&mut TrainConfig)) -> anyho
         config.lookahead.lora_scale.full_probability = 1.0;
         change(config);
     };
-    let mut outcome = watched(setting, unit, configure, |step, trainer| {
+    let mut outcome = watched(setting, unit, people::training_set(setting)?, configure, |step, trainer| {
         for percent in LOOKS.into_iter().filter(|percent| percent * steps / 100 == step) {
             looks.extend(look(setting, unit, percent, trainer)?);
         }

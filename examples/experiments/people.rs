@@ -1,6 +1,8 @@
 //! Who is shown, and in which prompts: people to train on, people for choices, people for results.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use candle_core::{Device, Tensor};
@@ -12,6 +14,7 @@ use lcm_lookahead::mini::portrait::{HELD_OUT_COMBINATIONS, Identity, Portrait, P
 use lcm_lookahead::mini::pretrain::HELD_OUT_FROM;
 
 use crate::arguments::Arguments;
+use crate::plan::Unit;
 use crate::setting::{Setting, Size};
 
 /// Seeds of the people for choices. Pretraining draws nobody from [`HELD_OUT_FROM`] on, but reports on the first ones.
@@ -88,7 +91,30 @@ pub fn draw_training_set(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// The pictures to train on. Photographs condition the encoder, as they do when it is used.
 pub fn training_set(setting: &Setting) -> Result<FaceDataset> {
-    let source = Source { root: setting.data.clone(), vanilla_only_for_encoder: true, ..Source::default() };
+    open(setting, None)
+}
+
+/// The photographs among them alone, each to be drawn from itself: what data without consistent pictures of a person can
+/// teach (paper, section 4.4).
+pub fn photographs(setting: &Setting, unit: Unit) -> anyhow::Result<FaceDataset> {
+    let unreadable = |path: &Path| format!("{}: not the metadata of generated pictures", path.display());
+    let all = setting.data.join("metadata.json");
+    let text = fs::read_to_string(&all).with_context(|| unreadable(&all))?;
+    let labels: BTreeMap<String, String> = serde_json::from_str(&text).with_context(|| unreadable(&all))?;
+    // A person of one picture is paired with the picture itself.
+    let alone = |path: String| path.contains("vanilla").then(|| (path.clone(), path));
+    let labels: BTreeMap<String, String> = labels.into_keys().filter_map(alone).collect();
+    let folder = setting.out.join("runs").join(unit.name());
+    let path = folder.join("photographs.json");
+    fs::create_dir_all(&folder)
+        .and_then(|()| fs::write(&path, serde_json::to_string(&labels)?))
+        .with_context(|| format!("{}: cannot be written", path.display()))?;
+    Ok(open(setting, Some(path))?)
+}
+
+fn open(setting: &Setting, metadata: Option<PathBuf>) -> Result<FaceDataset> {
+    let root = setting.data.clone();
+    let source = Source { root, metadata, vanilla_only_for_encoder: true, ..Source::default() };
     FaceDataset::open(&DatasetConfig {
         sources: vec![source],
         resolution: RESOLUTION as u32,
