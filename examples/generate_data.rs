@@ -7,6 +7,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use lcm_lookahead::data::{GenerateConfig, generate_dataset};
+use lcm_lookahead::mini::portrait::HELD_OUT_COMBINATIONS;
 
 /// Writes a data set of procedural portraits: the same people in many styles and scenes.
 ///
@@ -30,6 +31,9 @@ struct Arguments {
     /// Seed; data sets of different seeds show different people.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Leave out the combinations of style and scene that the example `experiments` draws.
+    #[arg(long)]
+    leave_out_evaluation: bool,
     /// Write even if the folder holds something else already.
     #[arg(long)]
     force: bool,
@@ -42,6 +46,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         images_per_identity: arguments.images_per_identity,
         size: arguments.size,
         seed: arguments.seed,
+        leave_out: if arguments.leave_out_evaluation { HELD_OUT_COMBINATIONS.to_vec() } else { Vec::new() },
         force: arguments.force,
     };
     let bar = ProgressBar::new(0).with_style(

@@ -6,13 +6,13 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{FACE, portraits, tiny_adapter, tiny_base, tiny_config};
-use lcm_lookahead::lookahead::{FaceEncoder, FaceEncoderConfig, ImageLoss, KvEncoderConfig};
-use lcm_lookahead::nn::{Parameters, Weights};
+use lcm_lookahead::lookahead::{FaceEncoder, FaceEncoderConfig, ImageLoss, KvEncoderConfig, PreviewPath};
+use lcm_lookahead::nn::{LoraSet, Parameters, Weights};
 use lcm_lookahead::random::Address;
 use lcm_lookahead::schedule::AnnealedTimestepSampler;
 use lcm_lookahead::train::config::UpdateMode;
 use lcm_lookahead::train::{LossReport, StepLosses, TrainConfig, Trainer};
-use lcm_lookahead::{Error, Result};
+use lcm_lookahead::{Error, Guidance, Personalizer, Result};
 
 fn trainer(config: TrainConfig, data: &std::path::Path, output: &std::path::Path) -> Result<Trainer> {
     Trainer::new(tiny_base(DType::F32, Some(FACE))?, &tiny_adapter(), portraits(data, 2, 4)?, config, output)
@@ -102,6 +102,45 @@ fn accumulated_batches_count_as_one_update_of_their_mean() -> Result<()> {
         assert_eq!(report.losses.lookahead[0].2, 6, "three batches of two");
         assert!(report.losses.diffusion.is_some_and(|loss| loss > 0.1 && loss < 10.0));
     }
+    Ok(())
+}
+
+#[test]
+fn through_x0_the_image_loss_sees_the_denoiser_without_the_lcm_lora() -> Result<()> {
+    // Value of the identity loss, and the norm of its gradient.
+    let first_step = |through, bare: bool| -> Result<(f64, f64)> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = TrainConfig { update_mode: UpdateMode::Alternating, ..tiny_config() };
+        config.lookahead.through = through;
+        let mut base = tiny_base(DType::F64, Some(FACE))?;
+        if bare {
+            base.lcm_lora = LoraSet::default();
+        }
+        let data = portraits(&folder.path().join("data"), 2, 4)?;
+        let report = Trainer::new(base, &tiny_adapter(), data, config, folder.path())?.train_step()?;
+        assert_eq!(report.losses.lora_scale.is_some(), through == PreviewPath::Lcm);
+        Ok((report.losses.lookahead[0].1, report.gradient_norms[1]))
+    };
+    let x0 = first_step(PreviewPath::X0, false)?;
+    assert_eq!(x0, first_step(PreviewPath::X0, true)?);
+    assert_eq!(x0, first_step(PreviewPath::Lcm, true)?);
+    let lcm = first_step(PreviewPath::Lcm, false)?;
+    assert!((x0.0 - lcm.0).abs() > 1e-9 && (x0.1 - lcm.1).abs() > 1e-9, "{x0:?} and {lcm:?}");
+    Ok(())
+}
+
+#[test]
+fn without_a_kv_branch_the_adapter_alone_is_trained_saved_and_drawn_with() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = TrainConfig { max_train_steps: 1, ..tiny_config() };
+    config.adapter.kv_branch = false;
+    let run = folder.path().join("run");
+    let mut trainer = trainer(config, &folder.path().join("data"), &run)?;
+    assert!(trainer.parameters().all().iter().all(|(name, _)| FaceEncoder::is_adapter_parameter(name)));
+    trainer.run()?;
+    let resampler = &tiny_adapter().resampler;
+    let personalizer = Personalizer::from_checkpoint(tiny_base(DType::F32, Some(FACE))?, resampler, &run)?;
+    assert!(matches!(personalizer.default_options().guidance, Guidance::Plain { .. }));
     Ok(())
 }
 

@@ -35,6 +35,10 @@ pub struct GenerateConfig {
     pub size: u32,
     /// The seed; identity `i` has the seed `seed * 2^32 + i`, so sets of different seeds share nobody.
     pub seed: u64,
+    /// Combinations of style and scene that are not drawn, for instance those of an evaluation
+    /// ([`HELD_OUT_COMBINATIONS`](crate::mini::portrait::HELD_OUT_COMBINATIONS)).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leave_out: Vec<(Style, Scene)>,
     /// Whether to write into a folder that holds something else.
     #[serde(skip)]
     pub force: bool,
@@ -48,6 +52,7 @@ impl Default for GenerateConfig {
             images_per_identity: 8,
             size: 128,
             seed: 0,
+            leave_out: Vec::new(),
             force: false,
         }
     }
@@ -111,6 +116,14 @@ fn check(config: &GenerateConfig) -> Result<()> {
     range("identities", 1, 1_000_000, config.identities as u64)?;
     range("images_per_identity", 1, 10_000, config.images_per_identity as u64)?;
     range("size", 16, 4096, u64::from(config.size))?;
+    let all_left_out = |style: &Style| Scene::ALL.iter().all(|scene| config.leave_out.contains(&(*style, *scene)));
+    if let Some(style) = Style::ALL.iter().find(|style| all_left_out(style)) {
+        return Err(Error::Config {
+            source_name: "GenerateConfig".into(),
+            field: "leave_out".into(),
+            reason: format!("leaves {style:?} no scene"),
+        });
+    }
     range("seed", 0, u64::from(u32::MAX), config.seed)
 }
 
@@ -121,9 +134,11 @@ fn claim(config: &GenerateConfig) -> Result<()> {
     fs::create_dir_all(&config.out).map_err(Error::io("create the folder", &config.out))?;
     let mut items = fs::read_dir(&config.out).map_err(Error::io("list the folder", &config.out))?;
     if items.next().is_some() && !config.force {
-        match fs::read_to_string(&marker).ok().and_then(|text| serde_json::from_str::<GenerateConfig>(&text).ok()) {
-            Some(old) if (GenerateConfig { out: config.out.clone(), force: config.force, ..old }) == *config => {}
-            Some(_) => return refuse("it was generated with other settings; choose another folder, or force it"),
+        let same = |old| GenerateConfig { out: config.out.clone(), force: config.force, ..old } == *config;
+        let old = fs::read_to_string(&marker).ok().and_then(|text| serde_json::from_str::<GenerateConfig>(&text).ok());
+        match old.map(same) {
+            Some(true) => {}
+            Some(false) => return refuse("it was generated with other settings; choose another folder, or force it"),
             None => return refuse("the folder is not empty; choose another folder, or force it"),
         }
     }
@@ -163,7 +178,10 @@ fn portraits(config: &GenerateConfig, i: usize) -> Vec<(&'static str, Portrait)>
             while !seeds.insert(seed) {
                 seed = seed.wrapping_add(1);
             }
-            let scene = scenes[k % scenes.len()];
+            // The next scene in turn that goes with the style; there is one, as `check` has made sure.
+            let turn = scenes.iter().cycle().skip(k % scenes.len()).take(scenes.len());
+            let fits = |scene: &Scene| !config.leave_out.contains(&(style, *scene));
+            let scene = turn.copied().find(fits).unwrap_or(scenes[0]);
             (folder, Portrait { identity: identity.clone(), style, scene, pose: Pose::from_seed(u64::from(seed)) })
         })
         .collect()

@@ -6,6 +6,7 @@ use ::image::{DynamicImage, GrayImage, ImageBuffer, ImageFormat, Luma, Rgb, RgbI
 use candle_core::{DType, Device, Tensor};
 
 use super::*;
+use crate::mini::portrait::{Scene, Style};
 use crate::random::Address;
 use crate::{Error, Result};
 
@@ -417,6 +418,29 @@ fn a_generated_set_opens_and_is_the_same_when_generated_again() {
     let other = GenerateConfig { seed: 1, ..config.clone() };
     assert!(matches!(generate_dataset(&other, |_, _| {}), Err(Error::Dataset { .. })));
     generate_dataset(&GenerateConfig { force: true, ..other }, |_, _| {}).unwrap();
+}
+
+#[test]
+fn a_generated_set_leaves_out_what_it_is_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    // All scenes but one for photos: each person's photos are all of that one.
+    let leave_out = Scene::ALL[1..].iter().map(|scene| (Style::Photo, *scene)).collect();
+    let config = GenerateConfig {
+        out: folder.path().to_path_buf(),
+        identities: 2,
+        images_per_identity: 6,
+        size: 16,
+        leave_out,
+        ..GenerateConfig::default()
+    };
+    generate_dataset(&config, |_, _| {}).unwrap();
+    let set = open(folder.path());
+    let prompts: Vec<String> = (0..12).map(|i| set.sample(0, i).unwrap().prompt).collect();
+    assert_eq!(prompts.iter().filter(|prompt| *prompt == "A photo of a face").count(), 6, "{prompts:?}");
+
+    let everything = Scene::ALL.iter().map(|scene| (Style::Photo, *scene)).collect();
+    let error = generate_dataset(&GenerateConfig { leave_out: everything, force: true, ..config }, |_, _| {});
+    assert!(error.unwrap_err().to_string().contains("leave_out"));
 }
 
 #[test]

@@ -19,6 +19,18 @@ pub enum PreviewForm {
     Boundary,
 }
 
+/// Through which denoiser an image loss looks at the picture to come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreviewPath {
+    /// The LCM denoiser: the lookahead of the paper.
+    #[default]
+    Lcm,
+    /// The denoiser itself: the one-step DDPM approximation of the clean picture, which the paper's ablation compares
+    /// with (table 2, "ID-Loss x0").
+    X0,
+}
+
 /// Equation 3: `z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)`.
 ///
 /// `latents` z_t and `noise_prediction` eps: `(batch, channels, height, width)`; `timesteps`: one a sample. Returns

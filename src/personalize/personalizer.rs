@@ -6,10 +6,11 @@ use std::path::Path;
 use candle_core::Tensor;
 use image::RgbImage;
 
+use super::Reference;
 use super::guidance::{Branch, Guidance, ReferenceText};
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::formats::EncoderFile;
-use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
+use crate::lookahead::{Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
 use crate::models::resampler;
 use crate::models::unet::{Conditioning, FreeU, ImageTokens, KeyValues, Pass};
 use crate::nn::{Loras, Weights};
@@ -64,14 +65,6 @@ impl Options {
     pub fn lcm() -> Self {
         Options { steps: 4, sampler: SamplerKind::Lcm, guidance: Guidance::None, ..Self::default() }
     }
-}
-
-/// A photograph of a person, encoded once for any number of pictures.
-#[derive(Clone, Debug)]
-pub struct Reference {
-    /// Clean latents, `(1, channels, height, width)`.
-    latents: Tensor,
-    tokens: AdapterTokens,
 }
 
 /// Draws a person in any scene or style, from one photograph.
@@ -190,7 +183,7 @@ impl Personalizer {
         self.reference_from_tensor(&to_tensor(&picture, &self.base.device)?.unsqueeze(0)?)
     }
 
-    /// Encodes a photograph given as a tensor `(1, 3, resolution, resolution)`, RGB in [-1, 1].
+    /// Encodes photographs given as a tensor `(people, 3, resolution, resolution)`, RGB in [-1, 1].
     ///
     /// # Errors
     /// Those of the networks.
@@ -202,10 +195,12 @@ impl Personalizer {
         Ok(Reference { latents, tokens })
     }
 
-    /// Draws the person of the reference, one picture a prompt.
+    /// Draws one picture a prompt: all of the reference's person, or, where it holds several photographs, each of the
+    /// one in the prompt's place ([`Reference::select`]).
     ///
     /// # Errors
-    /// [`Error::Argument`] for a number of steps the sampler cannot take; those of the networks.
+    /// [`Error::Argument`] for a number of steps the sampler cannot take, or where the reference has neither one
+    /// photograph nor one for each prompt; those of the networks.
     pub fn generate(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Vec<RgbImage>> {
         let images = self.generate_tensor(reference, prompts, options)?;
         (0..prompts.len()).map(|i| from_tensor(&images.get(i)?)).collect()
@@ -221,6 +216,7 @@ impl Personalizer {
         }
         let base = &self.base;
         let batch = prompts.len();
+        reference.check_count("Personalizer::generate", batch)?;
         let (_, channels, height, width) = reference.latents.dims4()?;
         let noise_address = Address::new(options.seed, "initial noise");
         // The latents stay in f32 between the steps, whatever the networks compute in.
@@ -240,10 +236,10 @@ impl Personalizer {
     /// The one-step preview (equation 3) of a picture noised to a timestep, as the lookahead loss sees it with the
     /// LCM-LoRA at full scale.
     ///
-    /// `image`: `(1, 3, height, width)` in [-1, 1]. Returns an image of the same shape.
+    /// `image`: `(1, 3, height, width)` in [-1, 1]; `reference`: of one photograph. Returns an image of the same shape.
     ///
     /// # Errors
-    /// Those of the networks.
+    /// [`Error::Argument`] where the reference holds several photographs; those of the networks.
     pub fn preview(
         &self,
         reference: &Reference,
@@ -252,16 +248,34 @@ impl Personalizer {
         timestep: usize,
         options: &Options,
     ) -> Result<Tensor> {
-        let base = &self.base;
+        reference.check_count("Personalizer::preview", 1)?;
+        self.previews(reference, &[prompt.to_string()], image, timestep, options)
+    }
+
+    /// The same of several pictures, `images` `(prompts, 3, height, width)`, each with its prompt.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the reference has neither one photograph nor one for each prompt; those of the networks.
+    pub fn previews(
+        &self,
+        reference: &Reference,
+        prompts: &[String],
+        images: &Tensor,
+        timestep: usize,
+        options: &Options,
+    ) -> Result<Tensor> {
+        let (base, count) = (&self.base, prompts.len());
+        reference.check_count("Personalizer::previews", count)?;
         let address = Address::new(options.seed, "preview noise");
-        let clean = base.latents(&image.clamp(-1.0, 1.0)?, address)?;
-        let noise = address.normal(clean.shape(), base.dtype, &base.device)?;
-        let latents = base.schedule.add_noise(&clean, &noise, &[timestep])?;
+        let clean = base.latents(&images.clamp(-1.0, 1.0)?, address)?;
+        let noise = address.normal_batch(count, &clean.dims()[1..], base.dtype, &base.device)?;
+        let timesteps = vec![timestep; count];
+        let latents = base.schedule.add_noise(&clean, &noise, &timesteps)?;
         let lcm = Options { sampler: SamplerKind::Lcm, guidance: Guidance::None, ..options.clone() };
-        let conditions = self.conditions(reference, &[prompt.to_string()], &lcm, noise)?;
+        let conditions = self.conditions(reference, prompts, &lcm, noise)?;
         let prediction = self.predict(&conditions, &latents, timestep, &lcm)?;
         let form = PreviewForm::Equation3;
-        base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &[timestep], form)?)
+        base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &timesteps, form)?)
     }
 
     /// All that does not change over the steps, for the branches of the guidance one after the other in one batch.
@@ -275,8 +289,8 @@ impl Personalizer {
         let base = &self.base;
         let batch = prompts.len();
         let repeat = |tensor: &Tensor| -> Result<Tensor> {
-            let (_, tokens, width) = tensor.dims3()?;
-            Ok(tensor.broadcast_as((batch, tokens, width))?.contiguous()?)
+            let shape = [&[batch], &tensor.dims()[1..]].concat();
+            Ok(tensor.broadcast_as(shape)?.contiguous()?)
         };
         let with_reference = options.use_reference && self.encoder.kv_encoder().is_some();
         let branches = options.guidance.branches(with_reference);
@@ -303,7 +317,7 @@ impl Personalizer {
             text: Conditioning::cat(&texts)?,
             image: self.encoder.image_tokens(&Tensor::cat(&images, 0)?, options.adapter_scale)?,
             encoder_text: if encoder_texts.is_empty() { None } else { Some(Conditioning::cat(&encoder_texts)?) },
-            reference_latents: Tensor::cat(&vec![&reference.latents; batch * encoder_texts.len().max(1)], 0)?,
+            reference_latents: Tensor::cat(&vec![&repeat(&reference.latents)?; encoder_texts.len().max(1)], 0)?,
             noise: Tensor::cat(&vec![&noise; encoder_texts.len().max(1)], 0)?,
         })
     }
@@ -366,7 +380,7 @@ pub(crate) fn encoder_config(resampler: &resampler::Config, config: &TrainConfig
     let adapter = &config.adapter;
     FaceEncoderConfig {
         resampler: resampler.clone(),
-        kv_encoder: Some(KvEncoderConfig {
+        kv_encoder: adapter.kv_branch.then(|| KvEncoderConfig {
             encoder_lora_rank: adapter.encoder_lora_rank,
             kv_lora_rank: adapter.kv_lora_rank,
             blocks: adapter.extended_layers.clone(),

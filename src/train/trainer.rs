@@ -107,7 +107,7 @@ impl Trainer {
             if !adapter.tensors.iter().all(fits) {
                 let reason = format!(
                     "the encoder to start from has a KV branch of other ranks or blocks (`{name}` is {:?}); set \
-                     encoder_lora_rank, kv_lora_rank and extended_layers to its own",
+                     kv_branch, encoder_lora_rank, kv_lora_rank and extended_layers to its own",
                     adapter.tensors[name].dims()
                 );
                 return Err(config_error("adapter", reason));
@@ -136,7 +136,7 @@ impl Trainer {
             }
         };
         if trained.is_empty() {
-            let reason = "nothing would be trained: the adapter is frozen and both LoRA ranks are 0".into();
+            let reason = "nothing would be trained: the adapter is frozen, and there is no KV branch or both its LoRA ranks are 0".into();
             return Err(config_error("adapter.optimize_adapter", reason));
         }
         let optimizer = optimizer(&trained, &config)?;
@@ -442,6 +442,9 @@ impl LossReport {
                 None => self.lookahead.push((name, value, counted)),
             }
         }
+        if let Some((name, value)) = part.alignment {
+            self.alignment.get_or_insert((name, 0.0)).1 += value * share;
+        }
         self.lora_scale = part.lora_scale.or(self.lora_scale);
     }
 }
@@ -459,6 +462,7 @@ impl StepReport {
             }
             values.push((format!("counted/{name}"), *counted as f64));
         }
+        values.extend(self.losses.alignment.map(|(name, value)| (format!("loss/{name}"), value)));
         values.extend(self.losses.lora_scale.map(|scale| ("lora_scale".to_string(), scale)));
         for (i, norm) in self.gradient_norms.iter().enumerate() {
             let name = if i == 0 { "gradient_norm".to_string() } else { format!("gradient_norm_{}", i + 1) };

@@ -44,6 +44,21 @@ use frame::Frame;
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
+/// Combinations of style and scene for evaluation, one of each style: what is trained on pictures that leave them out
+/// ([`GenerateConfig::leave_out`](crate::data::GenerateConfig::leave_out)) must compose them by itself.
+pub const HELD_OUT_COMBINATIONS: [(Style, Scene); 10] = [
+    (Style::Photo, Scene::Snow),
+    (Style::OilPainting, Scene::Astronaut),
+    (Style::PencilDrawing, Scene::Chef),
+    (Style::ComicBook, Scene::Forest),
+    (Style::Watercolor, Scene::Sunset),
+    (Style::Mosaic, Scene::Pirate),
+    (Style::Neon, Scene::Crown),
+    (Style::WantedPoster, Scene::Knight),
+    (Style::PopArt, Scene::Headphones),
+    (Style::Woodcut, Scene::Beach),
+];
+
 /// A picture of a person that can be drawn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Portrait {

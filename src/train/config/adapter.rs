@@ -9,6 +9,9 @@ use crate::Result;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterConfig {
+    /// Whether the encoder has a KV branch (paper section 4.3). Default true; without it the adapter alone is trained, as
+    /// in the first rows of the paper's ablation (table 2), and the ranks play no part.
+    pub kv_branch: bool,
     /// Rank of the LoRA on the KV encoder's attentions. Default 4 (paper section 4.5); 0 leaves them frozen; at most
     /// 1024.
     pub encoder_lora_rank: usize,
@@ -36,11 +39,11 @@ impl AdapterConfig {
         check.not_negative("adapter_attention_scale", self.adapter_attention_scale)?;
         let named = self.extended_layers.iter().all(|name| !name.is_empty());
         check.require("extended_layers", named, "names that are not empty", "an empty name")?;
-        let trains = self.encoder_lora_rank > 0 || self.kv_lora_rank > 0 || self.optimize_adapter;
+        let trains_kv = self.kv_branch && (self.encoder_lora_rank > 0 || self.kv_lora_rank > 0);
         check.require(
             "optimize_adapter",
-            trains,
-            "true where both LoRA ranks are 0 (nothing would be trained)",
+            trains_kv || self.optimize_adapter,
+            "true where there is no KV branch or both LoRA ranks are 0 (nothing would be trained)",
             "false",
         )
     }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::AlignmentConfig;
 use super::check::Checker;
 use crate::Result;
-use crate::lookahead::{LoraScale, PreviewForm};
+use crate::lookahead::{LoraScale, PreviewForm, PreviewPath};
 
 /// The lookahead loss (paper section 4.1).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,10 +23,15 @@ pub struct LookaheadConfig {
     pub perceptual_weight: f64,
     /// Whether the loss is multiplied by the current scale of the LCM-LoRA. Default false; official code true.
     pub scale_loss_by_lora_scale: bool,
+    /// Through which denoiser the loss looks. Default `"lcm"`: with the LCM-LoRA, the paper's method; `"x0"`: without it,
+    /// the approximation that the paper's ablation compares with (table 2). There the scale of the LoRA plays no part.
+    pub through: PreviewPath,
     /// How the preview is computed. Default `"eq3"` (paper equation 3); official code `"boundary"`.
     pub preview_form: PreviewForm,
     /// Random scale of the LCM-LoRA.
     pub lora_scale: LoraScale,
+    /// A loss that keeps the LCM path aligned with the model (paper section 4.2). Default none.
+    pub alignment: AlignmentConfig,
 }
 
 impl LookaheadConfig {
@@ -38,6 +44,7 @@ impl LookaheadConfig {
         let check = check.within("lookahead.lora_scale.");
         check.within_range("full_probability", self.lora_scale.full_probability, 0.0..=1.0)?;
         check.within_range("min_scale", self.lora_scale.min_scale, 0.0..=1.0)?;
-        check.at_least("hold_iterations", self.lora_scale.hold_iterations, 1)
+        check.at_least("hold_iterations", self.lora_scale.hold_iterations, 1)?;
+        self.alignment.validate(&check.within("lookahead.alignment."))
     }
 }

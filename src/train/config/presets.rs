@@ -1,7 +1,7 @@
 //! The presets.
 
 use super::*;
-use crate::lookahead::{LoraScale, PreviewForm};
+use crate::lookahead::{LoraScale, PreviewForm, PreviewPath};
 use crate::train::LrSchedule;
 
 impl TrainConfig {
@@ -49,6 +49,7 @@ impl TrainConfig {
             },
             ema: EmaConfig { enabled: false, decay: 0.999, warmup: true },
             adapter: AdapterConfig {
+                kv_branch: true,
                 encoder_lora_rank: 4,
                 kv_lora_rank: 0,
                 optimize_adapter: true,
@@ -64,8 +65,10 @@ impl TrainConfig {
                 identity_weight: 1e-3,
                 perceptual_weight: 0.0,
                 scale_loss_by_lora_scale: false,
+                through: PreviewPath::Lcm,
                 preview_form: PreviewForm::Equation3,
                 lora_scale: LoraScale { full_probability: 0.5, min_scale: 0.1, hold_iterations: 1 },
+                alignment: AlignmentConfig::default(),
             },
             checkpointing: CheckpointingConfig { every_n_steps: 500, keep_last: 2 },
             validation: ValidationConfig {
