@@ -253,6 +253,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mini::portrait::HELD_OUT_COMBINATIONS;
 
     #[test]
     fn a_pool_shows_each_training_identity_several_times_and_survives_a_file() -> Result<()> {
@@ -271,6 +272,13 @@ mod tests {
         let value = read.images(&[9])?.get(0)?.get(1)?.get(5)?.get(7)?.to_scalar::<f32>()?;
         assert!((value - (f32::from(drawn.get_pixel(7, 5)[1]) / 127.5 - 1.0)).abs() < 1e-6);
         Ok(())
+    }
+
+    #[test]
+    fn what_experiments_hold_out_pretraining_did_not_see_but_for_the_photo() {
+        let unseen = HELD_OUT_COMBINATIONS.into_iter().filter(|(style, scene)| held_out_combination(*style, *scene));
+        let expected = HELD_OUT_COMBINATIONS.into_iter().filter(|(style, _)| *style != Style::Photo);
+        assert_eq!(unseen.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
     }
 
     #[test]
