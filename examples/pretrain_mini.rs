@@ -20,6 +20,8 @@ enum Stage {
     /// Random weights for every stage without a file.
     Init,
     Autoencoder,
+    /// The autoencoder's decoder, further, with latents as they are. Needs the autoencoder; optional.
+    Decoder,
     Clip,
     Identity,
     /// An identity network that is not part of the miniature, for evaluation.
@@ -31,7 +33,7 @@ enum Stage {
     Lcm,
     /// Needs the denoiser.
     Adapter,
-    /// One file of all stages: mini.safetensors.
+    /// One file of all stages, bundle/mini.safetensors, and one of the network that is no part of it.
     Bundle,
 }
 
@@ -114,6 +116,7 @@ fn run(arguments: Arguments, device: Device, dtype: DType) -> Result<()> {
         }
         Stage::Init => pretrain::init(&options.out, options.seed),
         Stage::Autoencoder => pretrain::autoencoder(&options),
+        Stage::Decoder => pretrain::decoder(&options),
         Stage::Clip => pretrain::clip(&options),
         Stage::Identity => pretrain::identity(&options),
         Stage::HeldOutIdentity => pretrain::held_out_identity(&options),
@@ -121,7 +124,7 @@ fn run(arguments: Arguments, device: Device, dtype: DType) -> Result<()> {
         Stage::Denoiser => pretrain::denoiser(&options),
         Stage::Lcm => pretrain::lcm(&options),
         Stage::Adapter => pretrain::adapter(&options),
-        Stage::Bundle => pretrain::bundle(&options.out, &options.out.join("mini.safetensors")),
+        Stage::Bundle => pretrain::bundle(&options.out, &options.out.join("bundle")),
     }
 }
 

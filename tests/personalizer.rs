@@ -54,3 +54,23 @@ fn as_many_photographs_as_prompts_are_asked_for() -> Result<()> {
     assert!(matches!(people.select(&[2]), Err(Error::Argument { .. })));
     Ok(())
 }
+
+#[test]
+fn previews_of_several_pictures_are_those_of_each() -> Result<()> {
+    let personalizer = personalizer()?;
+    let options = personalizer.default_options();
+    let prompts = ["an oil painting of a face", "a face in a forest"].map(String::from);
+    let people = personalizer.reference_from_tensor(&photographs(2)?)?;
+    let pictures = photographs(2)?;
+    let together = personalizer.previews(&people, &prompts, &pictures, 499, &options)?;
+    let first = personalizer.preview(&people.select(&[0])?, &prompts[0], &pictures.narrow(0, 0, 1)?, 499, &options)?;
+    assert!(distance(&together.narrow(0, 0, 1)?, &first)? < 1e-9);
+    assert!(distance(&together.get(0)?, &together.get(1)?)? > 1e-6);
+    let error = personalizer.previews(&photographs_of_three(&personalizer)?, &prompts, &pictures, 499, &options);
+    assert!(error.unwrap_err().to_string().contains("1 photograph or 2"));
+    Ok(())
+}
+
+fn photographs_of_three(personalizer: &Personalizer) -> Result<lcm_lookahead::personalize::Reference> {
+    personalizer.reference_from_tensor(&photographs(3)?)
+}

@@ -119,7 +119,7 @@ fn denoise(setting: &Setting, prompts: &[String], personal: &LoraSet, address: A
 }
 
 /// Pictures against the final ones, by several measures; one number a picture.
-fn compare(setting: &Setting, pictures: &Tensor, last: &Tensor) -> Result<[(&'static str, Vec<f64>); 4]> {
+pub fn compare(setting: &Setting, pictures: &Tensor, last: &Tensor) -> Result<[(&'static str, Vec<f64>); 4]> {
     let judge = &setting.judge;
     let clip = (judge.embed(pictures)? * judge.embed(last)?)?.sum(D::Minus1)?;
     let identity = judge.identity(&judge.held_out, pictures, last)?;
@@ -135,7 +135,7 @@ fn compare(setting: &Setting, pictures: &Tensor, last: &Tensor) -> Result<[(&'st
 }
 
 /// Mean absolute difference of neighbouring pixels, of each picture.
-fn sharpness(pictures: &Tensor) -> Result<Tensor> {
+pub fn sharpness(pictures: &Tensor) -> Result<Tensor> {
     let (_, _, height, width) = pictures.dims4()?;
     let across = (pictures.narrow(3, 1, width - 1)? - pictures.narrow(3, 0, width - 1)?)?.abs()?;
     let down = (pictures.narrow(2, 1, height - 1)? - pictures.narrow(2, 0, height - 1)?)?.abs()?;

@@ -8,7 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 
 use crate::plan::{Plan, Row};
 use crate::support::Compute;
-use crate::{ablation, alignment, annealing, updates};
+use crate::{ablation, alignment, annealing, guidance, keeping, updates};
 
 /// Repeats the paper's experiments on the miniature, with the weights that are part of the crate.
 ///
@@ -28,8 +28,8 @@ pub struct Arguments {
     /// The experiment that repeats this table of the paper: 2, the ablation.
     #[arg(long, value_parser = ["2"], conflicts_with_all = ["experiment", "figure"])]
     table: Option<String>,
-    /// The experiment that repeats this figure of the paper: 2, the alignment of previews.
-    #[arg(long, value_parser = ["2"], conflicts_with = "experiment")]
+    /// The experiment that repeats this figure of the paper: 2, the alignment of previews; 5, guidance through them.
+    #[arg(long, value_parser = ["2", "5"], conflicts_with = "experiment")]
     figure: Option<String>,
     /// A small version, for two CPU cores and a quarter of an hour; the default.
     #[arg(long, conflicts_with = "full")]
@@ -93,7 +93,7 @@ pub struct Hyperparameters {
     #[arg(long, value_name = "WEIGHT", default_value_t = 0.1)]
     pub identity_weight: f64,
     /// Guidance scale of all sampling. With a KV branch it is divided among the three terms as the official one is.
-    #[arg(long, value_name = "SCALE", default_value_t = 5.0)]
+    #[arg(long, value_name = "SCALE", default_value_t = 3.0)]
     pub guidance_scale: f64,
 }
 
@@ -127,10 +127,14 @@ enum Experiment {
     Alignment,
     /// What each part of the method gains (table 2).
     Ablation,
+    /// What keeps previews near the model's own pictures (section 4.2).
+    Keeping,
     /// How strongly timesteps favour noise (section 4.2).
     Annealing,
     /// One update of both losses, or one of each.
     Updates,
+    /// Guidance through the preview, and through x0 (figure 5).
+    Guidance,
 }
 
 impl Arguments {
@@ -139,11 +143,14 @@ impl Arguments {
         let plan = |experiment: &Experiment| match experiment {
             Experiment::Alignment => alignment::PLAN,
             Experiment::Ablation => ablation::PLAN,
+            Experiment::Keeping => keeping::PLAN,
             Experiment::Annealing => annealing::PLAN,
             Experiment::Updates => updates::PLAN,
+            Experiment::Guidance => guidance::PLAN,
         };
-        match (&self.table, &self.figure) {
+        match (self.table.as_deref(), self.figure.as_deref()) {
             (Some(_), _) => vec![ablation::PLAN],
+            (_, Some("5")) => vec![guidance::PLAN],
             (_, Some(_)) => vec![alignment::PLAN],
             (None, None) => self.experiment.iter().map(plan).collect(),
         }

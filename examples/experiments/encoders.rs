@@ -52,27 +52,40 @@ pub fn trained_on(
     dataset: FaceDataset,
     change: fn(&mut TrainConfig),
 ) -> anyhow::Result<Outcome> {
+    watched(setting, unit, dataset, change, |_, _| Ok(()))
+}
+
+/// The same, with a look at the encoder before every iteration (its number is given) and after the last one.
+pub fn watched(
+    setting: &Setting,
+    unit: Unit,
+    dataset: FaceDataset,
+    change: impl Fn(&mut TrainConfig),
+    mut watch: impl FnMut(u64, &Trainer) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let mut config = configuration(setting, unit.seed);
     change(&mut config);
     let kv_branch = config.adapter.kv_branch;
     let run = setting.out.join("runs").join(unit.name());
     let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run)?;
-    let (start, steps) = (Instant::now(), setting.size.steps);
+    let (mut seconds, mut first_half, steps) = (0.0, 0.0, setting.size.steps);
     let (mut diffusion, mut lookahead, mut norms) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
-    let mut half = start;
     for step in 0..steps {
+        watch(step, &trainer)?;
         if step == steps / 2 {
-            half = Instant::now();
+            first_half = seconds;
         }
+        let start = Instant::now();
         let report = trainer.train_step().with_context(|| format!("{}: step {step}", unit.name()))?;
         norms.iter_mut().zip(&report.gradient_norms).for_each(|(norms, norm)| norms.push(*norm));
         diffusion.extend(report.losses.diffusion);
         lookahead
             .extend(report.losses.lookahead.first().filter(|(.., counted)| *counted > 0).map(|(_, loss, _)| *loss));
+        seconds += start.elapsed().as_secs_f64();
     }
-    let seconds = start.elapsed().as_secs_f64();
+    watch(steps, &trainer)?;
     // Of the second half: the first iterations on a GPU also load its kernels.
-    let rate = (steps - steps / 2) as f64 / half.elapsed().as_secs_f64();
+    let rate = (steps - steps / 2) as f64 / (seconds - first_half);
     let personalizer = trainer.personalizer()?;
     // What training held on to is not needed for sampling.
     drop(trainer);

@@ -61,6 +61,11 @@ impl Judge {
         Ok(pictures.detach().to_dtype(self.vision.kind().0)?.clamp(-1.0, 1.0)?)
     }
 
+    /// CLIP's image tower.
+    pub fn vision(&self) -> &ClipVision {
+        &self.vision
+    }
+
     /// CLIP's embeddings of pictures `(pictures, 3, height, width)`, of unit length.
     pub fn embed(&self, pictures: &Tensor) -> Result<Tensor> {
         normalise(&self.vision.forward(&self.vision.preprocess(&self.input(pictures)?)?)?.pooled.detach())

@@ -46,7 +46,7 @@ impl Config {
     /// The miniature: 4 times smaller latents, `(4, 32, 32)` for 128 pixels. The scale is that of untrained weights;
     /// whoever trains it measures and sets it.
     pub fn mini() -> Self {
-        Config { width: 16, num_encoder_blocks: vec![1, 2, 2], num_decoder_blocks: vec![2, 2, 1], ..Self::taesdxl() }
+        Config { width: 24, num_encoder_blocks: vec![1, 2, 2], num_decoder_blocks: vec![2, 2, 1], ..Self::taesdxl() }
     }
 
     /// How many times smaller than the image the latents are, along each side.

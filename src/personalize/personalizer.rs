@@ -248,17 +248,34 @@ impl Personalizer {
         timestep: usize,
         options: &Options,
     ) -> Result<Tensor> {
-        let base = &self.base;
         reference.check_count("Personalizer::preview", 1)?;
+        self.previews(reference, &[prompt.to_string()], image, timestep, options)
+    }
+
+    /// The same of several pictures, `images` `(prompts, 3, height, width)`, each with its prompt.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the reference has neither one photograph nor one for each prompt; those of the networks.
+    pub fn previews(
+        &self,
+        reference: &Reference,
+        prompts: &[String],
+        images: &Tensor,
+        timestep: usize,
+        options: &Options,
+    ) -> Result<Tensor> {
+        let (base, count) = (&self.base, prompts.len());
+        reference.check_count("Personalizer::previews", count)?;
         let address = Address::new(options.seed, "preview noise");
-        let clean = base.latents(&image.clamp(-1.0, 1.0)?, address)?;
-        let noise = address.normal(clean.shape(), base.dtype, &base.device)?;
-        let latents = base.schedule.add_noise(&clean, &noise, &[timestep])?;
+        let clean = base.latents(&images.clamp(-1.0, 1.0)?, address)?;
+        let noise = address.normal_batch(count, &clean.dims()[1..], base.dtype, &base.device)?;
+        let timesteps = vec![timestep; count];
+        let latents = base.schedule.add_noise(&clean, &noise, &timesteps)?;
         let lcm = Options { sampler: SamplerKind::Lcm, guidance: Guidance::None, ..options.clone() };
-        let conditions = self.conditions(reference, &[prompt.to_string()], &lcm, noise)?;
+        let conditions = self.conditions(reference, prompts, &lcm, noise)?;
         let prediction = self.predict(&conditions, &latents, timestep, &lcm)?;
         let form = PreviewForm::Equation3;
-        base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &[timestep], form)?)
+        base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &timesteps, form)?)
     }
 
     /// All that does not change over the steps, for the branches of the guidance one after the other in one batch.

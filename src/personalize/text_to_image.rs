@@ -6,6 +6,8 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::guidance::plain;
+use super::{GuidedPictures, LatentGuidance, Through};
+use crate::autograd::with_large_stack;
 use crate::models::roles::{LatentDecoder, TextEncoder};
 use crate::models::unet::{Conditioning, FreeU, Pass, UNet};
 use crate::nn::Loras;
@@ -74,6 +76,38 @@ impl TextToImage {
     /// # Errors
     /// As there.
     pub fn latents(&self, prompts: &[String], noise: &Tensor, options: &TextToImageOptions) -> Result<Tensor> {
+        Ok(self.walk(prompts, noise, options, None)?.0)
+    }
+
+    /// As [`TextToImage::generate`], with guidance of the latents at one step (paper, section 5.1).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] also where there is no such step, or not one target a prompt; those of the loss.
+    pub fn generate_guided(
+        &self,
+        prompts: &[String],
+        noise: &Tensor,
+        options: &TextToImageOptions,
+        guidance: &LatentGuidance<'_>,
+    ) -> Result<GuidedPictures> {
+        let targets = guidance.target.dims().first().copied().unwrap_or(0);
+        if targets != prompts.len() {
+            let expected = format!("{}, one a prompt", prompts.len());
+            return Err(Error::argument("TextToImage", "target", expected, targets.to_string()));
+        }
+        // The graph of a whole U-Net is deep.
+        let (latents, losses) = with_large_stack(|| self.walk(prompts, noise, options, Some(guidance)))?;
+        Ok(GuidedPictures { images: self.decoder.decode(&latents)?, losses })
+    }
+
+    /// The whole way, and what the guided step's losses were.
+    fn walk(
+        &self,
+        prompts: &[String],
+        noise: &Tensor,
+        options: &TextToImageOptions,
+        guidance: Option<&LatentGuidance<'_>>,
+    ) -> Result<(Tensor, Vec<f64>)> {
         let (batch, _, height, width) = noise.dims4()?;
         if prompts.len() != batch {
             let found = prompts.len().to_string();
@@ -90,15 +124,34 @@ impl TextToImage {
         let pass = Pass { loras: options.loras.clone(), freeu: options.freeu, ..Pass::default() };
         let mut sampler = options.sampler.build(&self.schedule, options.steps)?;
         let mut latents = (noise * sampler.init_noise_sigma())?;
+        let guided_step = guidance.map(|guidance| guidance.index(sampler.timesteps().len())).transpose()?;
+        let mut losses = Vec::new();
         for (i, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
-            let input = sampler.scale_model_input(&latents, i)?;
-            let predict = |text: &Conditioning| self.unet.forward(&input, &vec![timestep; batch], text, &pass);
-            let prediction = match &guided {
-                Some(no_text) => plain(&predict(no_text)?, &predict(&text)?, options.guidance_scale)?,
-                None => predict(&text)?,
+            let forward = |latents: &Tensor, text: &Conditioning, pass: &Pass| {
+                self.unet.forward(&sampler.scale_model_input(latents, i)?, &vec![timestep; batch], text, pass)
             };
+            let predict = |latents: &Tensor, pass: &Pass| match &guided {
+                Some(no_text) => {
+                    plain(&forward(latents, no_text, pass)?, &forward(latents, &text, pass)?, options.guidance_scale)
+                }
+                None => forward(latents, &text, pass),
+            };
+            if let Some(guidance) = guidance.filter(|_| guided_step == Some(i)) {
+                let clean = |latents: &Tensor| {
+                    let prediction = match &guidance.through {
+                        Through::X0 => predict(latents, &Pass { recompute: guidance.recompute, ..pass.clone() })?,
+                        Through::Preview(lcm_lora) => {
+                            let loras = Loras::one(lcm_lora, 1.0);
+                            forward(latents, &text, &Pass { loras, recompute: guidance.recompute, ..Pass::default() })?
+                        }
+                    };
+                    sampler.predict_x0(&prediction, i, latents)
+                };
+                (latents, losses) = guidance.guide(&latents, clean)?;
+            }
+            let prediction = predict(&latents, &pass)?;
             latents = sampler.step(&prediction, i, &latents, Address::new(0, "text to image"))?.detach();
         }
-        Ok(latents)
+        Ok((latents, losses))
     }
 }

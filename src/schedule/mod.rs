@@ -24,5 +24,6 @@ pub use dpm_solver::DpmSolverPlusPlus;
 pub use euler::Euler;
 pub use lcm::{Lcm, LcmBoundary};
 pub use noise_schedule::NoiseSchedule;
+pub(crate) use noise_schedule::per_sample;
 pub use sampler::{Sampler, SamplerKind};
 pub use timestep_sampler::AnnealedTimestepSampler;

@@ -152,7 +152,7 @@ pub(super) fn same_shape(
 }
 
 /// One coefficient a sample as a constant of shape `(batch, 1, ..)` that broadcasts over `latents`.
-pub(super) fn per_sample(
+pub(crate) fn per_sample(
     function: &'static str,
     latents: &Tensor,
     timesteps: &[usize],

@@ -8,6 +8,7 @@
 //! - [`Checkpoint`]: complete state of a run, written atomically.
 //! - [`MetricsWriter`], [`tensorboard::EventWriter`], [`Progress`], [`ContactSheet`]: what a person sees of the run.
 
+mod alignment;
 pub mod checkpoint;
 pub mod config;
 mod contact_sheet;

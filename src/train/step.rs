@@ -22,10 +22,10 @@ pub struct Prepared {
     /// Conditioning images, `(batch, 3, height, width)`, which the image losses compare with.
     conditioning_images: Tensor,
     /// The noise both are noised with; f32 beside latents of bf16 or f16.
-    noise: Tensor,
+    pub(super) noise: Tensor,
     features: Tensor,
     null_features: Tensor,
-    text: Conditioning,
+    pub(super) text: Conditioning,
     encoder_text: Conditioning,
 }
 
@@ -36,6 +36,8 @@ pub struct LossReport {
     pub diffusion: Option<f64>,
     /// Each image loss (equation 4): name, value before its weight, samples that counted.
     pub lookahead: Vec<(String, f64, usize)>,
+    /// The loss that keeps the LCM path aligned (section 4.2): name and value before its weight.
+    pub alignment: Option<(&'static str, f64)>,
     /// Scale of the LCM-LoRA in the lookahead pass.
     pub lora_scale: Option<f64>,
 }
@@ -57,7 +59,7 @@ pub struct StepLosses<'a> {
 }
 
 impl StepLosses<'_> {
-    fn address(&self, purpose: &'static str, draw: u64) -> Address {
+    pub(super) fn address(&self, purpose: &'static str, draw: u64) -> Address {
         Address::new(self.config.seed, purpose).step(draw)
     }
 
@@ -99,8 +101,8 @@ impl StepLosses<'_> {
     /// Those of the networks.
     pub fn diffusion(&self, prepared: &Prepared, draw: u64, report: &mut LossReport) -> Result<Tensor> {
         let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
-        let conditions = self.conditions(prepared, &timesteps, draw, "kv drop", true)?;
-        self.diffusion_loss(prepared, &timesteps, &conditions, report)
+        let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
+        Ok(self.diffusion_loss(prepared, &timesteps, &conditions, report)?.0)
     }
 
     /// The lookahead loss alone, on timesteps of its own and without adapter dropout (official code, update B), weighted.
@@ -117,8 +119,9 @@ impl StepLosses<'_> {
         let count = self.config.lookahead.batch_size.min(prepared.text.batch());
         let prepared = prepared.narrow(count)?;
         let timesteps = self.draw_timesteps(self.lookahead_timesteps, "lookahead timestep", &prepared, draw);
-        let conditions = self.conditions(&prepared, &timesteps, draw, "lookahead kv drop", false)?;
-        self.lookahead_loss(&prepared, &timesteps, &conditions, step, report)
+        let conditions = self.conditions(&prepared, &timesteps, self.address("lookahead kv drop", draw), false)?;
+        let view = View { prepared: &prepared, timesteps: &timesteps, conditions: &conditions, noise_prediction: None };
+        self.lookahead_loss(&view, step, draw, report)
     }
 
     /// Both losses on the same noised latents with one run of the KV encoder (the paper's text): their weighted sum.
@@ -136,8 +139,8 @@ impl StepLosses<'_> {
         report: &mut LossReport,
     ) -> Result<Tensor> {
         let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
-        let conditions = self.conditions(prepared, &timesteps, draw, "kv drop", true)?;
-        let diffusion = self.diffusion_loss(prepared, &timesteps, &conditions, report)?;
+        let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
+        let (diffusion, noise_prediction) = self.diffusion_loss(prepared, &timesteps, &conditions, report)?;
         if !lookahead {
             return Ok(diffusion);
         }
@@ -149,13 +152,16 @@ impl StepLosses<'_> {
         }
         let chosen_timesteps: Vec<usize> = chosen.iter().map(|i| timesteps[*i]).collect();
         let (prepared, conditions) = (prepared.select(chosen)?, conditions.select(chosen)?);
-        match self.lookahead_loss(&prepared, &chosen_timesteps, &conditions, step, report)? {
+        let noise_prediction = Some(select(&noise_prediction, chosen)?);
+        let view =
+            View { prepared: &prepared, timesteps: &chosen_timesteps, conditions: &conditions, noise_prediction };
+        match self.lookahead_loss(&view, step, draw, report)? {
             Some(lookahead) => Ok((diffusion + lookahead)?),
             None => Ok(diffusion),
         }
     }
 
-    fn draw_timesteps(
+    pub(super) fn draw_timesteps(
         &self,
         sampler: &AnnealedTimestepSampler,
         purpose: &'static str,
@@ -166,12 +172,11 @@ impl StepLosses<'_> {
     }
 
     /// Runs both branches of the encoder.
-    fn conditions(
+    pub(super) fn conditions(
         &self,
         prepared: &Prepared,
         timesteps: &[usize],
-        draw: u64,
-        kv_purpose: &'static str,
+        kv_drop: Address,
         drop_adapter: bool,
     ) -> Result<Conditions> {
         let (base, config) = (self.base, self.config);
@@ -180,30 +185,36 @@ impl StepLosses<'_> {
         let tokens = match drop_adapter {
             true => {
                 let chance = config.dropout.adapter_drop_chance;
-                drop_image_tokens(&conditional, &unconditional, chance, self.address("adapter drop", draw))?
+                let address = Address { purpose: "adapter drop", ..kv_drop };
+                drop_image_tokens(&conditional, &unconditional, chance, address)?
             }
             false => conditional,
         };
         let image_tokens = self.encoder.image_tokens(&tokens, config.adapter.adapter_attention_scale)?;
-        let reference = match self.encoder.kv_encoder() {
-            None => None,
-            Some(kv_encoder) => {
-                let latents = match config.adapter.noisy_encoder_input {
-                    // The same noise and timestep as the target's (official code).
-                    true => base.schedule.add_noise(&prepared.conditioning_latents, &prepared.noise, timesteps)?,
-                    false => prepared.conditioning_latents.clone(),
-                };
-                let reference =
-                    kv_encoder.encode(&base.unet, &latents, timesteps, &prepared.encoder_text, config.recompute)?;
-                let chance = config.dropout.kv_drop_chance;
-                Some(drop_reference_tokens(&reference, chance, self.address(kv_purpose, draw))?)
-            }
-        };
+        let reference = self.reference(prepared, timesteps, kv_drop)?;
         let noised = base.schedule.add_noise(&prepared.target_latents, &prepared.noise, timesteps)?;
-        Ok(Conditions { noised, image_tokens, reference })
+        Ok(Conditions { noised, image_tokens, unconditional, reference, kv_drop })
     }
 
-    fn pass(&self, conditions: &Conditions, loras: Loras) -> Pass {
+    /// The keys and values of the conditioning images at these timesteps, where the encoder has a KV branch.
+    pub(super) fn reference(
+        &self,
+        prepared: &Prepared,
+        timesteps: &[usize],
+        kv_drop: Address,
+    ) -> Result<Option<KeyValues>> {
+        let (base, config) = (self.base, self.config);
+        let Some(kv_encoder) = self.encoder.kv_encoder() else { return Ok(None) };
+        let latents = match config.adapter.noisy_encoder_input {
+            // The same noise and timestep as the target's (official code).
+            true => base.schedule.add_noise(&prepared.conditioning_latents, &prepared.noise, timesteps)?,
+            false => prepared.conditioning_latents.clone(),
+        };
+        let reference = kv_encoder.encode(&base.unet, &latents, timesteps, &prepared.encoder_text, config.recompute)?;
+        Ok(Some(drop_reference_tokens(&reference, config.dropout.kv_drop_chance, kv_drop)?))
+    }
+
+    pub(super) fn pass(&self, conditions: &Conditions, loras: Loras) -> Pass {
         Pass {
             loras,
             reference: conditions.reference.clone(),
@@ -215,44 +226,35 @@ impl StepLosses<'_> {
         }
     }
 
-    /// Equation 2.
+    /// Equation 2, and the noise prediction it judges.
     fn diffusion_loss(
         &self,
         prepared: &Prepared,
         timesteps: &[usize],
         conditions: &Conditions,
         report: &mut LossReport,
-    ) -> Result<Tensor> {
+    ) -> Result<(Tensor, Tensor)> {
         let pass = self.pass(conditions, Loras::none());
         let noise_prediction = self.base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
         let loss = (ops::widen(&noise_prediction)? - &prepared.noise)?.sqr()?.mean_all()?;
         report.diffusion = Some(scalar(&loss)?);
-        Ok(loss)
+        Ok((loss, noise_prediction.detach()))
     }
 
-    /// Equations 3 and 4; `None` where no image loss counted a sample.
-    fn lookahead_loss(
-        &self,
-        prepared: &Prepared,
-        timesteps: &[usize],
-        conditions: &Conditions,
-        step: u64,
-        report: &mut LossReport,
-    ) -> Result<Option<Tensor>> {
+    /// Equation 4, and the loss that keeps the path aligned; `None` where nothing is to be trained on.
+    fn lookahead_loss(&self, view: &View<'_>, step: u64, draw: u64, report: &mut LossReport) -> Result<Option<Tensor>> {
         let (base, config) = (self.base, &self.config.lookahead);
-        report.lora_scale = match config.through {
+        let lora_scale = match config.through {
             PreviewPath::Lcm => Some(config.lora_scale.at(self.config.seed, step)),
             PreviewPath::X0 => None,
         };
-        let loras = report.lora_scale.map_or_else(Loras::none, |scale| Loras::one(&base.lcm_lora, scale));
-        let pass = self.pass(conditions, loras);
-        let noise_prediction = base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
-        let latents = preview(&base.schedule, &conditions.noised, &noise_prediction, timesteps, config.preview_form)?;
-        let previews = base.preview_decoder.decode(&latents)?;
-        let factor = report.lora_scale.filter(|_| config.scale_loss_by_lora_scale).unwrap_or(1.0);
+        report.lora_scale = lora_scale;
+        let lcm = self.lcm_pass(view, lora_scale)?;
+        let previews = base.preview_decoder.decode(&lcm.previews)?;
+        let factor = lora_scale.filter(|_| config.scale_loss_by_lora_scale).unwrap_or(1.0);
         let mut total: Option<Tensor> = None;
         for (loss, weight) in self.image_losses {
-            let value = loss.loss(&previews, &prepared.conditioning_images)?;
+            let value = loss.loss(&previews, &view.prepared.conditioning_images)?;
             report.lookahead.push((loss.name().to_string(), scalar(&value.loss)?, value.counted));
             if value.counted > 0 && *weight > 0.0 {
                 let weighted = (ops::widen(&value.loss)? * (weight * factor))?;
@@ -262,15 +264,58 @@ impl StepLosses<'_> {
                 });
             }
         }
+        if let Some((name, loss)) = self.alignment(view, &lcm, draw)? {
+            report.alignment = Some((name, scalar(&loss)?));
+            if config.alignment.weight > 0.0 {
+                let weighted = (loss * config.alignment.weight)?;
+                total = Some(match total {
+                    None => weighted,
+                    Some(total) => (total + weighted)?,
+                });
+            }
+        }
         Ok(total)
+    }
+
+    /// Equation 3, or the same without the LCM-LoRA where it has no scale.
+    pub(super) fn lcm_pass(&self, view: &View<'_>, lora_scale: Option<f64>) -> Result<LcmPass> {
+        let (base, noised, timesteps) = (self.base, &view.conditions.noised, view.timesteps);
+        let loras = lora_scale.map_or_else(Loras::none, |scale| Loras::one(&base.lcm_lora, scale));
+        let pass = self.pass(view.conditions, loras);
+        let noise_prediction = base.unet.forward(noised, timesteps, &view.prepared.text, &pass)?;
+        let form = self.config.lookahead.preview_form;
+        let previews = preview(&base.schedule, noised, &noise_prediction, timesteps, form)?;
+        Ok(LcmPass { noise_prediction, previews, lora_scale })
     }
 }
 
+/// What the lookahead loss looks at.
+pub(super) struct View<'a> {
+    pub(super) prepared: &'a Prepared,
+    pub(super) timesteps: &'a [usize],
+    pub(super) conditions: &'a Conditions,
+    /// The model's own noise prediction for the same, without gradient, where it is known already.
+    pub(super) noise_prediction: Option<Tensor>,
+}
+
+/// The pass with the LCM-LoRA, and what became of it.
+pub(super) struct LcmPass {
+    pub(super) noise_prediction: Tensor,
+    /// Clean latents.
+    pub(super) previews: Tensor,
+    /// None where the LCM-LoRA took no part.
+    pub(super) lora_scale: Option<f64>,
+}
+
 /// What the encoder makes of a batch at its timesteps, and the noised targets.
-struct Conditions {
-    noised: Tensor,
-    image_tokens: ImageTokens,
-    reference: Option<KeyValues>,
+pub(super) struct Conditions {
+    pub(super) noised: Tensor,
+    pub(super) image_tokens: ImageTokens,
+    /// The tokens of no image, `(1, tokens, width)`.
+    pub(super) unconditional: Tensor,
+    pub(super) reference: Option<KeyValues>,
+    /// Where it was drawn which reference tokens are dropped.
+    pub(super) kv_drop: Address,
 }
 
 impl Conditions {
@@ -282,7 +327,9 @@ impl Conditions {
                 key_values: key_values(&self.image_tokens.key_values)?,
                 scale: self.image_tokens.scale,
             },
+            unconditional: self.unconditional.clone(),
             reference: self.reference.as_ref().map(key_values).transpose()?,
+            kv_drop: self.kv_drop,
         })
     }
 }

@@ -442,6 +442,9 @@ impl LossReport {
                 None => self.lookahead.push((name, value, counted)),
             }
         }
+        if let Some((name, value)) = part.alignment {
+            self.alignment.get_or_insert((name, 0.0)).1 += value * share;
+        }
         self.lora_scale = part.lora_scale.or(self.lora_scale);
     }
 }
@@ -459,6 +462,7 @@ impl StepReport {
             }
             values.push((format!("counted/{name}"), *counted as f64));
         }
+        values.extend(self.losses.alignment.map(|(name, value)| (format!("loss/{name}"), value)));
         values.extend(self.losses.lora_scale.map(|scale| ("lora_scale".to_string(), scale)));
         for (i, norm) in self.gradient_norms.iter().enumerate() {
             let name = if i == 0 { "gradient_norm".to_string() } else { format!("gradient_norm_{}", i + 1) };

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use candle_core::{D, DType, Device, Tensor};
 use rand::Rng;
 
-use super::files::{load_tensors, save_tensors};
+use super::files::{load_stages, load_tensors, save_tensors};
 use super::pool::Pool;
-use super::training::{Losses, MicroBatch, Options, Recipe, train};
+use super::training::{Losses, MicroBatch, Options, Recipe, STEP, train};
 use crate::data::{from_tensor, save_png};
 use crate::mini::MiniConfig;
 use crate::models::taesd::{Config, Taesd};
@@ -20,6 +20,8 @@ const CROP: usize = 64;
 /// Noise on the latents while training: the decoder learns to take latents that are a little off, and the encoder to
 /// spread its latents out, as far as the penalty lets it.
 const LATENT_NOISE: f64 = 0.1;
+/// The same where the decoder is trained by itself, on scaled latents.
+const DECODER_NOISE: f64 = 0.05;
 const LATENT_PENALTY: f64 = 2e-3;
 /// Weight and side of the squares whose mean colour counts by itself. The absolute error alone lets a small network
 /// settle in a state without one axis of colour, from which it does not come back.
@@ -61,6 +63,53 @@ pub fn autoencoder(options: &Options) -> Result<()> {
     save_png(&sheet(options, &taesd, &held_out)?, options.out.join("autoencoder.png"))
 }
 
+/// Trains the decoder further while the encoder stays as it is, so that the latents do, on which other stages are trained
+/// by then: `autoencoder.safetensors` in, `decoder.safetensors` out, which holds the whole autoencoder.
+///
+/// # Errors
+/// [`crate::Error::Io`] where the autoencoder's file is missing; those of [`train`].
+pub fn decoder(options: &Options) -> Result<()> {
+    let (workers, pool) = (options.workers()?, Pool::of(options)?);
+    let (source, file) = (options.out.join("autoencoder.safetensors"), options.out.join("decoder.safetensors"));
+    let mut tensors = load_tensors(&source)?;
+    let constants = tensors.iter().filter(|(_, tensor)| tensor.elem_count() == 1);
+    let constants = constants.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    if options.fresh || !file.exists() {
+        tensors.remove(STEP);
+        save_tensors(&file, &tensors)?;
+    }
+    let config = MiniConfig::mini();
+    let frozen = config.load_autoencoder(&load_stages(options, &["autoencoder"])?)?;
+    let parameters = Parameters::new();
+    // The encoder's parameters have no gradients, so they keep their values.
+    let weights = options.trainable(&parameters).pp("autoencoder");
+    let Config { scaling_factor, shift, .. } = *frozen.config();
+    let taesd = Taesd::load(&Config { scaling_factor, shift, ..config.autoencoder }, &weights)?;
+    let recipe = Recipe {
+        stage: "decoder",
+        parameters: &parameters,
+        batch: options.batch_or(16, 128),
+        learning_rate: 1e-3,
+        weight_decay: 0.0,
+        ema_decay: 0.998,
+        mirror: None,
+        constants,
+    };
+    // What was copied is where this run starts, also when it starts again.
+    let options = Options { fresh: false, ..options.clone() };
+    train(&options, &workers, &recipe, |micro| {
+        let images = crops(&pool, micro)?;
+        let latents = ops::cast(&frozen.encode(&options.input(&images)?)?.detach(), DType::F32)?;
+        let noise = (micro.noise("autoencoder noise", &latents.dims()[1..])? * DECODER_NOISE)?;
+        let decoded = taesd.decode(&options.input(&(latents + noise)?)?)?;
+        let (loss, parts) = reconstruction(&decoded, &images)?;
+        Ok(Losses { loss, parts })
+    })?;
+    let held_out = Pool::draw_held_out(&options, 512)?;
+    measure(&options, &taesd, &held_out)?;
+    save_png(&sheet(&options, &taesd, &held_out)?, options.out.join("decoder.png"))
+}
+
 fn scale(scaling_factor: f64, shift: f64) -> Result<HashMap<String, Tensor>> {
     let number = |value: f64| Tensor::new(&[value as f32], &Device::Cpu);
     Ok(HashMap::from([
@@ -69,33 +118,39 @@ fn scale(scaling_factor: f64, shift: f64) -> Result<HashMap<String, Tensor>> {
     ]))
 }
 
-fn loss(options: &Options, taesd: &Taesd, pool: &Pool, micro: &MicroBatch) -> Result<Losses> {
+/// Squares cut out of random portraits, `(samples, 3, CROP, CROP)`.
+fn crops(pool: &Pool, micro: &MicroBatch) -> Result<Tensor> {
     let chosen = micro.each("autoencoder portrait", |address| address.rng().random_range(0..pool.len()));
     let pictures = pool.channels_last(&chosen)?;
     let mut rng = micro.address("autoencoder crop").sample(micro.samples.start).rng();
     let [x, y] = [2, 1].map(|dim| rng.random_range(0..=pictures.dims()[dim] - CROP));
-    let images = pictures.narrow(1, y, CROP)?.narrow(2, x, CROP)?.permute((0, 3, 1, 2))?.contiguous()?;
+    Ok(pictures.narrow(1, y, CROP)?.narrow(2, x, CROP)?.permute((0, 3, 1, 2))?.contiguous()?)
+}
+
+fn loss(options: &Options, taesd: &Taesd, pool: &Pool, micro: &MicroBatch) -> Result<Losses> {
+    let images = crops(pool, micro)?;
     let latents = ops::cast(&taesd.encode(&options.input(&images)?)?, DType::F32)?;
     let noise = micro.noise("autoencoder noise", &latents.dims()[1..])?;
     // None at first, when the latents themselves are small.
     let strength = LATENT_NOISE * (4.0 * micro.progress).min(1.0);
     let decoded = taesd.decode(&options.input(&(&latents + (noise * strength)?)?)?)?;
-    let difference = (ops::cast(&decoded, DType::F32)? - &images)?;
+    let penalty = latents.sqr()?.mean_all()?;
+    let (loss, mut parts) = reconstruction(&decoded, &images)?;
+    parts.push(("latents", penalty.detach().sqrt()?));
+    Ok(Losses { loss: (loss + (penalty * LATENT_PENALTY)?)?, parts })
+}
+
+/// The loss of decoded pictures, and its parts.
+fn reconstruction(decoded: &Tensor, images: &Tensor) -> Result<(Tensor, Vec<(&'static str, Tensor)>)> {
+    let difference = (ops::cast(decoded, DType::F32)? - images)?;
     let (absolute, squared) = (difference.abs()?.mean_all()?, difference.sqr()?.mean_all()?);
     let edges = (edges(&difference, D::Minus1)? + edges(&difference, D::Minus2)?)?;
-    let (count, side) = (micro.size(), CROP / COLOUR_SQUARE);
+    let (count, side) = (images.dim(0)?, CROP / COLOUR_SQUARE);
     let squares = difference.reshape((count * 3, side, COLOUR_SQUARE, side, COLOUR_SQUARE))?;
     let colours = squares.mean(4)?.mean(2)?.sqr()?.mean_all()?;
-    let penalty = latents.sqr()?.mean_all()?;
-    let parts = vec![
-        ("l1", absolute.detach()),
-        ("mse", squared.detach()),
-        ("colours", colours.detach()),
-        ("latents", penalty.detach().sqrt()?),
-    ];
+    let parts = vec![("l1", absolute.detach()), ("mse", squared.detach()), ("colours", colours.detach())];
     let loss = ((absolute + (squared * 0.5)?)? + (edges * 0.5)?)?;
-    let loss = ((loss + (colours * COLOUR_WEIGHT)?)? + (penalty * LATENT_PENALTY)?)?;
-    Ok(Losses { loss, parts })
+    Ok(((loss + (colours * COLOUR_WEIGHT)?)?, parts))
 }
 
 /// The mean absolute difference of neighbours along a dimension.

@@ -36,29 +36,46 @@ pub fn init(folder: &Path, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Gathers the stages' files into one, in f16, and prints how large the networks are.
+/// Gathers the stages' files into `mini.safetensors` of a folder, in f16, and prints how large the networks are; beside
+/// it, where that stage was trained, `held_out_identity.safetensors`, which is no part of the miniature.
 ///
 /// # Errors
 /// [`crate::Error::Io`] where a stage's file is missing, [`crate::Error::Tensor`] where a tensor is.
-pub fn bundle(folder: &Path, file: &Path) -> Result<()> {
+pub fn bundle(folder: &Path, into: &Path) -> Result<()> {
+    let stage_file = |stage: &str| folder.join(format!("{stage}.safetensors"));
     let mut all = HashMap::new();
     for (stage, prefixes) in STAGES {
-        all.extend(of_networks(&load_tensors(&folder.join(format!("{stage}.safetensors")))?, prefixes));
+        // The decoder's stage writes the whole autoencoder again.
+        let retrained = stage == "autoencoder" && stage_file("decoder").exists();
+        let file = stage_file(if retrained { "decoder" } else { stage });
+        all.extend(of_networks(&load_tensors(&file)?, prefixes));
     }
+    let file = into.join("mini.safetensors");
+    write(&all, &file)?;
+    let held_out = stage_file("held_out_identity");
+    if held_out.exists() {
+        // Without the centres of the training's classes.
+        let network = of_networks(&load_tensors(&held_out)?, &["held_out_identity."]);
+        write(&network, &into.join("held_out_identity.safetensors"))?;
+    }
+    // What was written is what the crate will read.
+    MiniConfig::mini().load_base(&Weights::from_safetensors(&file, DType::F32, &Device::Cpu)?)?;
+    Ok(())
+}
+
+/// Writes tensors in f16, and prints how many parameters each network has.
+fn write(tensors: &HashMap<String, Tensor>, file: &Path) -> Result<()> {
     let mut counts = BTreeMap::<&str, usize>::new();
-    for (name, tensor) in &all {
+    for (name, tensor) in tensors {
         *counts.entry(name.split('.').next().unwrap_or_default()).or_default() += tensor.elem_count();
     }
-    let halves: HashMap<String, Tensor> =
-        all.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(DType::F16)?))).collect::<Result<_>>()?;
-    save_tensors(file, &halves)?;
+    let half = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F16)?));
+    save_tensors(file, &tensors.iter().map(half).collect::<Result<_>>()?)?;
     for (network, count) in &counts {
         println!("{network:18} {count:9} parameters");
     }
     let total: usize = counts.values().sum();
     println!("{:18} {total:9} parameters, {:.2} MB in f16: {}", "all", total as f64 * 2e-6, file.display());
-    // What was written is what the crate will read.
-    MiniConfig::mini().load_base(&Weights::from_safetensors(file, DType::F32, &Device::Cpu)?)?;
     Ok(())
 }
 

@@ -10,11 +10,12 @@ use super::files::load_stages;
 use super::sampling::{decoded, sheet_of};
 use super::training::{Losses, MicroBatch, Options, Recipe, train};
 use crate::data::save_png;
+use crate::lookahead::{consistency_function, ddim_step, earlier_timesteps};
 use crate::mini::MiniConfig;
 use crate::models::unet::{Conditioning, Pass, UNet};
 use crate::nn::{LoraSet, Loras, Parameters};
 use crate::random::Address;
-use crate::schedule::{LcmBoundary, NoiseSchedule};
+use crate::schedule::NoiseSchedule;
 use crate::{Result, ops};
 
 /// Timesteps the teacher's DDIM step skips.
@@ -72,7 +73,7 @@ impl Distillation<'_> {
         let count = micro.size();
         let last = self.schedule.timestep_count() / SKIP;
         let starts = micro.each("timestep", |address: Address| (address.rng().random_range(0..last) + 1) * SKIP - 1);
-        let ends: Vec<usize> = starts.iter().map(|start| start.saturating_sub(SKIP)).collect();
+        let ends = earlier_timesteps(&starts, SKIP);
         let noise = micro.noise("noise", &latents.dims()[1..])?;
         let noisy = self.schedule.add_noise(&latents, &noise, &starts)?;
 
@@ -86,8 +87,7 @@ impl Distillation<'_> {
         let scales = micro.each("guidance", |address| address.rng().random_range(GUIDANCE) as f32);
         let scales = Tensor::from_vec(scales, (count, 1, 1, 1), latents.device())?;
         let guided = (&without + (with - &without)?.broadcast_mul(&scales)?)?;
-        let clean = self.schedule.predict_x0(&noisy, &guided, &starts)?;
-        let stepped = self.schedule.add_noise(&clean, &guided, &ends)?;
+        let stepped = ddim_step(self.schedule, &noisy, &guided, &starts, &ends)?;
 
         let target = self.predict(&stepped, &ends, &conditioning, self.target)?.detach();
         let prediction = self.predict(&noisy, &starts, &conditioning, self.student)?;
@@ -100,8 +100,7 @@ impl Distillation<'_> {
         let pass = Pass { loras: Loras::one(lora, 1.0), ..Pass::default() };
         let noise = self.unet.forward(&self.options.input(noisy)?, timesteps, text, &pass)?;
         let noise = ops::cast(&noise, DType::F32)?;
-        let clean = self.schedule.predict_x0(noisy, &noise, timesteps)?;
-        LcmBoundary::default().apply(&clean, noisy, timesteps)
+        consistency_function(self.schedule, noisy, &noise, timesteps)
     }
 }
 

@@ -19,7 +19,8 @@ use crate::{Error, Result, ops};
 
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 const SAVE_EVERY: Duration = Duration::from_secs(90);
-const STEP: &str = "pretrain.step";
+/// The name under which a stage's file keeps its count of updates.
+pub(super) const STEP: &str = "pretrain.step";
 
 /// What the person who starts a stage decides.
 #[derive(Clone, Debug)]

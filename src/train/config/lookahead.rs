@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::AlignmentConfig;
 use super::check::Checker;
 use crate::Result;
 use crate::lookahead::{LoraScale, PreviewForm, PreviewPath};
@@ -29,6 +30,8 @@ pub struct LookaheadConfig {
     pub preview_form: PreviewForm,
     /// Random scale of the LCM-LoRA.
     pub lora_scale: LoraScale,
+    /// A loss that keeps the LCM path aligned with the model (paper section 4.2). Default none.
+    pub alignment: AlignmentConfig,
 }
 
 impl LookaheadConfig {
@@ -41,6 +44,7 @@ impl LookaheadConfig {
         let check = check.within("lookahead.lora_scale.");
         check.within_range("full_probability", self.lora_scale.full_probability, 0.0..=1.0)?;
         check.within_range("min_scale", self.lora_scale.min_scale, 0.0..=1.0)?;
-        check.at_least("hold_iterations", self.lora_scale.hold_iterations, 1)
+        check.at_least("hold_iterations", self.lora_scale.hold_iterations, 1)?;
+        self.alignment.validate(&check.within("lookahead.alignment."))
     }
 }

@@ -4,6 +4,7 @@
 //! is the authors' published trainer; where it differs from the paper, [`TrainConfig::official`] has its value.
 
 mod adapter;
+mod alignment;
 mod check;
 mod data;
 mod dropout;
@@ -19,6 +20,7 @@ mod toml_form;
 use serde::{Deserialize, Serialize};
 
 pub use adapter::AdapterConfig;
+pub use alignment::{AlignmentConfig, AlignmentLoss};
 pub use data::DataConfig;
 pub use dropout::DropoutConfig;
 pub use lookahead::LookaheadConfig;

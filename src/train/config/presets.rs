@@ -68,6 +68,7 @@ impl TrainConfig {
                 through: PreviewPath::Lcm,
                 preview_form: PreviewForm::Equation3,
                 lora_scale: LoraScale { full_probability: 0.5, min_scale: 0.1, hold_iterations: 1 },
+                alignment: AlignmentConfig::default(),
             },
             checkpointing: CheckpointingConfig { every_n_steps: 500, keep_last: 2 },
             validation: ValidationConfig {

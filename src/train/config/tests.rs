@@ -122,6 +122,36 @@ fn a_value_out_of_range_names_its_field_and_range() {
 }
 
 #[test]
+fn an_alignment_loss_survives_toml_and_its_fields_have_ranges() {
+    let text = "preset = \"mini\"\n[lookahead.alignment]\nloss = \"sds\"\nweight = 0.5\nguidance_scale = 3\n";
+    let config = TrainConfig::from_toml_str("run.toml", text).unwrap();
+    let mut expected = TrainConfig::mini();
+    expected.lookahead.alignment =
+        AlignmentConfig { loss: AlignmentLoss::Sds, weight: 0.5, guidance_scale: 3.0, ..AlignmentConfig::default() };
+    assert_eq!(config, expected);
+    assert_eq!(TrainConfig::from_toml_str("written", &config.to_toml().unwrap()).unwrap(), expected);
+
+    let wrong_variant = message("[lookahead.alignment]\nloss = \"distillation\"");
+    assert!(wrong_variant.starts_with("run.toml: `lookahead.alignment.loss`: "), "{wrong_variant}");
+    assert!(wrong_variant.contains("`sds`") && wrong_variant.contains("`consistency`"), "{wrong_variant}");
+    for (fields, expected) in [
+        ("weight = -1", "weight`: expected a finite number, not negative, found -1"),
+        ("guidance_scale = 0.5", "guidance_scale`: expected a finite number, at least 1, found 0.5"),
+        ("sds_max_timestep = 1001", "sds_max_timestep`: expected at most 1000, found 1001"),
+        ("sds_min_timestep = 980", "sds_min_timestep`: expected less than `sds_max_timestep` (980), found 980"),
+        ("consistency_skip = 0", "consistency_skip`: expected at least 1, found 0"),
+        ("consistency_skip = 1000", "consistency_skip`: expected at most 999, found 1000"),
+    ] {
+        let found = message(&format!("[lookahead.alignment]\n{fields}"));
+        assert_eq!(found, format!("run.toml: `lookahead.alignment.{expected}"));
+    }
+    assert_eq!(
+        message("[lookahead.alignment]\nguidance = 2"),
+        "run.toml: `lookahead.alignment.guidance`: unknown key; did you mean `guidance_scale`?"
+    );
+}
+
+#[test]
 fn a_missing_file_is_one_clear_error() {
     let error = TrainConfig::from_toml("/nowhere/run.toml").unwrap_err().to_string();
     assert!(error.starts_with("/nowhere/run.toml: cannot read the configuration"), "{error}");

@@ -1,4 +1,4 @@
-//! Keeping the preview aligned with the model: random re-scaling of the LCM-LoRA (paper, section 4.2).
+//! Random re-scaling of the LCM-LoRA, the paper's own choice (section 4.2).
 
 use serde::{Deserialize, Serialize};
 
