@@ -1,7 +1,7 @@
 //! Measuring what is missing.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::arguments::Arguments;
@@ -40,16 +40,18 @@ pub fn run(arguments: &Arguments, plans: &[Plan]) -> anyhow::Result<()> {
         }
         Ok(())
     };
-    std::thread::scope(|scope| {
+    std::thread::scope(|scope| -> std::io::Result<()> {
         for _ in 0..arguments.jobs.clamp(1, missing.len().max(1)) {
-            scope.spawn(|| {
+            // candle walks a graph by recursion: room for a deep one (of address space).
+            std::thread::Builder::new().stack_size(512 << 20).spawn_scoped(scope, || {
                 if let Err(error) = worker() {
                     // The others finish what they are at.
                     next.store(missing.len(), Ordering::Relaxed);
-                    failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                 }
-            });
+            })?;
         }
-    });
-    failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+        Ok(())
+    })?;
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
