@@ -10,7 +10,9 @@ use lcm_lookahead::models::clip_vision::ClipVision;
 use lcm_lookahead::models::roles::TokenizedClipText;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::random::Address;
-use lcm_lookahead::{Base, Conditioning, Loras, Pass, Personalizer, PreviewForm, Result, SamplerKind, preview};
+use lcm_lookahead::{
+    Base, Conditioning, Guidance, Loras, Pass, Personalizer, PreviewForm, Result, SamplerKind, preview,
+};
 
 /// Styles of [`HELD_OUT_COMBINATIONS`] that the tests draw.
 const DRAWN: usize = 4;
@@ -72,7 +74,8 @@ fn the_adapter_draws_the_person_in_the_style_that_is_asked_for() -> Result<()> {
     let photographs = pictures((0..PEOPLE as u64).map(|person| portrait(person, Style::Photo, Scene::Studio)))?;
     let shown: Vec<usize> = (0..PEOPLE).flat_map(|person| [person; DRAWN]).collect();
     let texts: Vec<String> = (0..PEOPLE).flat_map(|_| prompts.clone()).collect();
-    let options = Options { steps: 10, ..personalizer.default_options() };
+    let guidance = Guidance::Plain { scale: 3.0 };
+    let options = Options { steps: 10, guidance, ..personalizer.default_options() };
     let reference = personalizer.reference_from_tensor(&photographs)?.select(&shown)?;
     let drawn = personalizer.generate_tensor(&reference, &texts, &options)?.clamp(-1.0, 1.0)?;
 
@@ -121,7 +124,7 @@ fn early_previews_are_nearer_to_the_final_picture_than_the_denoisers_own() -> Re
         let twice = Tensor::cat(&[&latents, &latents], 0)?;
         let noise = base.unet.forward(&twice, &[t; 2 * DRAWN], &both, &Pass::default())?;
         let (with, without) = (noise.narrow(0, 0, DRAWN)?, noise.narrow(0, DRAWN, DRAWN)?);
-        let guided = (&without + ((with - &without)? * 5.0)?)?;
+        let guided = (&without + ((with - &without)? * 3.0)?)?;
         // 0, 10 and 20 % of the way.
         if i < 3 {
             let noise = base.unet.forward(&latents, &[t; DRAWN], &text, &lcm)?;
@@ -142,9 +145,9 @@ fn early_previews_are_nearer_to_the_final_picture_than_the_denoisers_own() -> Re
     Ok(())
 }
 
-/// Percent of pictures whose style is recognised; a tenth of them by chance.
-const STYLE_FOUND: f64 = 30.0;
-/// Cosine of a drawn face with its own photograph less that with other people's.
-const IDENTITY_GAP: f64 = 0.0;
-/// Cosine of CLIP's embeddings with the final picture's: previews less denoiser.
-const PREVIEW_GAP: f64 = 0.0;
+/// Percent of 12 pictures in which CLIP finds the style that was asked for, of ten. Measured: 42.
+const STYLE_FOUND: f64 = 25.0;
+/// Cosine of a drawn face with its own photograph less that with other people's. Measured: 0.191 and 0.039.
+const IDENTITY_GAP: f64 = 0.1;
+/// Cosine of CLIP's embeddings with the final picture's: previews less denoiser. Measured: 0.949 and 0.779.
+const PREVIEW_GAP: f64 = 0.12;
