@@ -18,7 +18,7 @@ pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deter
 pub use graph::Graph;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
-pub(crate) use upload::upload_bytes;
+pub(crate) use upload::{Bytes, Upload, upload_all};
 
 use crate::{Error, Result};
 

@@ -32,7 +32,7 @@ pub use activation::{Activation, activation};
 pub use addends::Addends;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use channel_affine::channel_affine;
-pub use conv2d::{conv2d, conv2d_with};
+pub use conv2d::{conv2d, conv2d_padded, conv2d_with};
 pub use depthwise_conv2d::depthwise_conv2d;
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,

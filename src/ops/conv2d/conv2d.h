@@ -10,12 +10,12 @@ typedef struct {
   const void *per_sample_bias; // (batch, output channels) or null: the time embedding of a resnet, added to every pixel of its sample
   const void *residual;        // (batch, out_height, out_width, output channels) or null: added
   void *y;                     // (batch, out_height, out_width, output channels)
-  int32_t batch, height, width, input_channels, output_channels, kernel, stride, padding, dtype;
+  int32_t batch, height, width, input_channels, output_channels, kernel, stride, padding /* left and above */, padding_end /* right and below */, dtype;
 } LcmConv2d;
 
 // dx = the gradient of the input, given that of the output (batch, out_height, out_width, output channels).
 typedef struct {
   const void *dy, *weight;
   void *dx;
-  int32_t batch, height, width /* of x */, input_channels, output_channels, kernel, stride, padding, dtype;
+  int32_t batch, height, width /* of x */, input_channels, output_channels, kernel, stride, padding, padding_end, dtype;
 } LcmConv2dInputGradient;
