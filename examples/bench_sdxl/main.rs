@@ -34,7 +34,8 @@ struct Arguments {
     /// Compare the U-Net with what reference.py wrote to this folder, and measure nothing else
     #[arg(long, value_name = "FOLDER")]
     compare: Option<PathBuf>,
-    /// Write a U-Net to this folder (a RAM disk is best), measure how long opening it takes, and nothing else
+    /// Write networks to this folder (a RAM disk is best), measure how long opening the U-Net takes and drawing with
+    /// encoders that are opened on demand, and nothing else
     #[arg(long, value_name = "FOLDER")]
     open: Option<PathBuf>,
     /// Run one pass at this batch size between cudaProfilerStart and -Stop, and nothing else: of the U-Net, or of the
@@ -81,7 +82,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     let mut report = Report::new(&device)?;
     if let Some(folder) = &arguments.open {
-        return opening::measure(&report, folder);
+        opening::measure(&report, folder)?;
+        return sampling::measure_lean(&report, folder);
     }
     if let Some(batch) = arguments.profile {
         return Ok(match arguments.parts.first() {
@@ -108,7 +110,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         frozen::measure(&report, &arguments.batch)?;
     }
     if wanted(Part::Sampling) {
-        sampling::measure(&mut report)?;
+        sampling::measure(&report)?;
     }
     Ok(())
 }

@@ -29,9 +29,9 @@ pub fn unet(device: &Device) -> Result<UNet> {
 }
 
 /// Both text encoders on one sequence of token ids: random weights need no words.
-struct RandomText {
-    first: ClipText,
-    second: ClipText,
+pub struct RandomText {
+    pub first: ClipText,
+    pub second: ClipText,
 }
 
 impl TextEncoder for RandomText {

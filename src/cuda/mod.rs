@@ -7,6 +7,8 @@
 
 mod blas;
 mod device;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod driver;
 mod graph;
 mod memory;
 mod reduce;

@@ -115,6 +115,17 @@ impl Conv2d {
         Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding: [padding; 2] })
     }
 
+    /// The weight `(output, kernel, kernel, input)` and the bias of a layer that has one, for an operation on `x`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer without bias.
+    pub(crate) fn weight_and_bias(&self, x: &Tensor) -> Result<(Cow<'_, Tensor>, Cow<'_, Tensor>)> {
+        match like_opt(&self.bias, x)? {
+            Some(bias) => Ok((like_conv(&self.weight, x)?, bias)),
+            None => Err(Error::argument("Conv2d", "bias", "a layer with a bias", "one without")),
+        }
+    }
+
     /// The same layer with another number of zeros right and below the picture.
     pub fn with_padding_end(self, padding_end: usize) -> Self {
         Conv2d { padding: [self.padding[0], padding_end], ..self }

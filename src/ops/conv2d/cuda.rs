@@ -8,6 +8,8 @@ use candle_core::Tensor;
 use super::{Conv2d, im2col};
 use crate::autograd::{Backward, Forward};
 use crate::cuda::{Buffer, add_channels, avoids, cuda_device, dtype_code, pointer, stream, sum_rows, taken};
+use crate::ops::activation::cuda::{gate, rectify};
+use crate::ops::elementwise::cuda::add_to;
 use crate::{Error, Result};
 
 /// `LcmConv2d` of `conv2d.h`.
@@ -20,6 +22,7 @@ struct ForwardArguments {
     residual: *const c_void,
     y: *mut c_void,
     geometry: Geometry,
+    rectified: i32,
 }
 
 /// `LcmConv2dInputGradient` of `conv2d.h`.
@@ -27,6 +30,8 @@ struct ForwardArguments {
 struct InputGradientArguments {
     dy: *const c_void,
     weight: *const c_void,
+    residual: *const c_void,
+    gate: *const c_void,
     dx: *mut c_void,
     geometry: Geometry,
 }
@@ -78,7 +83,22 @@ pub(super) const NAME: &str = "conv2d";
 const NARROW: &str = "narrow-conv";
 const HOPPER: &str = "hopper-conv";
 
-fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometry> {
+/// A convolution and what is done with its result as it is written.
+#[derive(Clone, Copy)]
+pub(crate) struct Convolution<'a> {
+    pub x: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub stride: usize,
+    /// Left and above, right and below.
+    pub padding: [usize; 2],
+    pub bias: Option<&'a Tensor>,
+    pub per_sample: Option<&'a Tensor>,
+    pub residual: Option<&'a Tensor>,
+    /// Whether what is negative becomes 0, after all sums.
+    pub rectified: bool,
+}
+
+fn geometry(x: &Tensor, weight: &Tensor, stride: usize, padding: [usize; 2]) -> Result<Geometry> {
     let (batch, height, width, input_channels) = x.dims4()?;
     let (output_channels, kernel, kernel_width, _) = weight.dims4()?;
     if kernel != kernel_width {
@@ -92,43 +112,16 @@ fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometr
         input_channels: input_channels as i32,
         output_channels: output_channels as i32,
         kernel: kernel as i32,
-        stride: convolution.stride as i32,
-        padding: convolution.padding as i32,
-        padding_end: convolution.padding_end as i32,
+        stride: stride as i32,
+        padding: padding[0] as i32,
+        padding_end: padding[1] as i32,
         dtype: dtype_code(NAME, x.dtype())?,
     })
 }
 
-pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
-    let (x, weight) = (&inputs[0], &inputs[1]);
-    let places = convolution.places;
-    let shape = geometry(convolution, x, weight)?;
-    let device = cuda_device(NAME, x)?;
-    let (height, width) = shape.out();
-    let y = Buffer::new(&device, (x.dim(0)?, height, width, weight.dim(0)?), x.dtype())?;
-    let at =
-        |place: Option<usize>| place.map(|place| pointer(NAME, &inputs[place]).map(|p| p.cast_const())).transpose();
-    let (bias, residual) = (at(places.bias)?, at(places.residual)?);
-    let arguments = ForwardArguments {
-        x: pointer(NAME, x)?,
-        weight: pointer(NAME, weight)?,
-        bias: bias.unwrap_or(std::ptr::null()),
-        per_sample_bias: at(places.per_sample)?.unwrap_or(std::ptr::null()),
-        residual: residual.unwrap_or(std::ptr::null()),
-        y: y.pointer(),
-        geometry: shape,
-    };
-    // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    let narrow = || unsafe { lcm_conv2d_forward_narrow(&raw const arguments, stream(&device)) };
-    // SAFETY: as above.
-    let hopper = || unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) };
-    if !tried(NARROW, narrow)? && !tried(HOPPER, hopper)? {
-        im2col::forward(&shape, x, weight, (bias, residual), y.pointer())?;
-        if let Some(place) = places.per_sample {
-            return Ok(add_channels(y, &inputs[place])?.into_output().into());
-        }
-    }
-    Ok(y.into_output().into())
+/// Where a tensor that may be missing begins.
+fn at(tensor: Option<&Tensor>) -> Result<Option<*const c_void>> {
+    tensor.map(|tensor| pointer(NAME, tensor).map(|pointer| pointer.cast_const())).transpose()
 }
 
 /// Whether a family of kernels took the work.
@@ -136,15 +129,117 @@ fn tried(family: &str, launch: impl FnOnce() -> i32) -> Result<bool> {
     if avoids(family) { Ok(false) } else { taken(NAME, launch()) }
 }
 
+impl Convolution<'_> {
+    /// The result. The tensors are contiguous and fit each other.
+    pub fn run(&self) -> Result<Buffer> {
+        let (x, weight) = (self.x, self.weight);
+        let shape = geometry(x, weight, self.stride, self.padding)?;
+        let device = cuda_device(NAME, x)?;
+        let (height, width) = shape.out();
+        let y = Buffer::new(&device, (x.dim(0)?, height, width, weight.dim(0)?), x.dtype())?;
+        let (bias, residual, null) = (at(self.bias)?, at(self.residual)?, std::ptr::null());
+        let arguments = ForwardArguments {
+            x: pointer(NAME, x)?,
+            weight: pointer(NAME, weight)?,
+            bias: bias.unwrap_or(null),
+            per_sample_bias: at(self.per_sample)?.unwrap_or(null),
+            residual: residual.unwrap_or(null),
+            y: y.pointer(),
+            geometry: shape,
+            rectified: i32::from(self.rectified),
+        };
+        // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
+        let narrow = || unsafe { lcm_conv2d_forward_narrow(&raw const arguments, stream(&device)) };
+        // SAFETY: as above.
+        let hopper = || unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) };
+        if tried(NARROW, narrow)? || tried(HOPPER, hopper)? {
+            return Ok(y);
+        }
+        im2col::forward(&shape, x, weight, (bias, residual), y.pointer())?;
+        let y = match self.per_sample {
+            Some(vectors) => add_channels(y, vectors)?,
+            None => y,
+        };
+        if self.rectified { rectify(y, x.dtype(), &device) } else { Ok(y) }
+    }
+}
+
+/// The gradient of a convolution's input, and what is done with it as it is written.
+pub(crate) struct InputGradient<'a> {
+    /// The input, of which only the shape counts.
+    pub x: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub stride: usize,
+    pub padding: [usize; 2],
+    /// Of the output.
+    pub gradient: &'a Tensor,
+    /// Added.
+    pub residual: Option<&'a Tensor>,
+    /// Instead of a residual: where this is not positive the gradient becomes 0. It is the input, where that is the
+    /// result of a rectifier.
+    pub gate: Option<&'a Tensor>,
+}
+
+impl InputGradient<'_> {
+    /// The result. The tensors are contiguous and fit each other.
+    pub fn run(&self) -> Result<Buffer> {
+        let (x, weight, gradient) = (self.x, self.weight, self.gradient);
+        let shape = geometry(x, weight, self.stride, self.padding)?;
+        let device = cuda_device(NAME, gradient)?;
+        let dx = Buffer::new(&device, x.shape().clone(), x.dtype())?;
+        let arguments = InputGradientArguments {
+            dy: pointer(NAME, gradient)?,
+            weight: pointer(NAME, weight)?,
+            residual: at(self.residual)?.unwrap_or(std::ptr::null()),
+            gate: at(self.gate)?.unwrap_or(std::ptr::null()),
+            dx: dx.pointer(),
+            geometry: shape,
+        };
+        // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
+        let narrow = || unsafe { lcm_conv2d_input_gradient_narrow(&raw const arguments, stream(&device)) };
+        // SAFETY: as above.
+        let hopper = || unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) };
+        if tried(NARROW, narrow)? || tried(HOPPER, hopper)? {
+            return Ok(dx);
+        }
+        im2col::input_gradient(&shape, weight, gradient, dx.pointer())?;
+        let dx = match self.residual {
+            Some(residual) => add_to(dx, residual)?,
+            None => dx,
+        };
+        match self.gate {
+            Some(result) => gate(dx, result),
+            None => Ok(dx),
+        }
+    }
+}
+
+pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
+    let places = convolution.places;
+    let at = |place: Option<usize>| place.map(|place| &inputs[place]);
+    let y = Convolution {
+        x: &inputs[0],
+        weight: &inputs[1],
+        stride: convolution.stride,
+        padding: [convolution.padding, convolution.padding_end],
+        bias: at(places.bias),
+        per_sample: at(places.per_sample),
+        residual: at(places.residual),
+        rectified: false,
+    };
+    Ok(y.run()?.into_output().into())
+}
+
 pub(super) fn backward(convolution: &Conv2d, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-    let (x, weight) = (&context.inputs[0], &context.inputs[1]);
-    let gradient = context.gradient()?;
+    let (x, weight, gradient) = (&context.inputs[0], &context.inputs[1], context.gradient()?);
+    let (stride, padding) = (convolution.stride, [convolution.padding, convolution.padding_end]);
     let mut gradients = vec![None; context.inputs.len()];
     if context.needs[0] {
-        gradients[0] = Some(input_gradient(convolution, x, weight, gradient)?);
+        let dx = InputGradient { x, weight, stride, padding, gradient, residual: None, gate: None };
+        gradients[0] = Some(dx.run()?.into_tensor());
     }
     if context.needs[1] {
-        let shape = geometry(convolution, x, weight)?;
+        let shape = geometry(x, weight, stride, padding)?;
         gradients[1] = Some(im2col::weight_gradient(&shape, x, weight, gradient)?);
     }
     if let Some(bias) = convolution.places.bias.filter(|place| context.needs[*place]) {
@@ -152,24 +247,4 @@ pub(super) fn backward(convolution: &Conv2d, context: &Backward<'_>) -> Result<V
     }
     convolution.places.gradients(context, &mut gradients)?;
     Ok(gradients)
-}
-
-fn input_gradient(convolution: &Conv2d, x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    let shape = geometry(convolution, x, weight)?;
-    let device = cuda_device(NAME, x)?;
-    let dx = Buffer::like(NAME, x)?;
-    let arguments = InputGradientArguments {
-        dy: pointer(NAME, gradient)?,
-        weight: pointer(NAME, weight)?,
-        dx: dx.pointer(),
-        geometry: shape,
-    };
-    // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    let narrow = || unsafe { lcm_conv2d_input_gradient_narrow(&raw const arguments, stream(&device)) };
-    // SAFETY: as above.
-    let hopper = || unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) };
-    if !tried(NARROW, narrow)? && !tried(HOPPER, hopper)? {
-        im2col::input_gradient(&shape, weight, gradient, dx.pointer())?;
-    }
-    Ok(dx.into_tensor())
 }

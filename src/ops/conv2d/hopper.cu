@@ -6,6 +6,7 @@
 // (K, columns) matrix per tap; with stride 2 the four parities of dx's pixels are four products with their own taps each.
 #include "conv2d.h"
 #include "../hopper_gemm.h"
+#include <math.h>
 
 using namespace hopper_gemm;
 
@@ -54,7 +55,7 @@ extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream
   Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, c->padding_end, 0, 0};
   if (!accepts(s, c->dtype) || !aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || !aligned(c->residual)) return -1;
   Problem p = {};
-  p.y = c->y, p.bias = c->bias, p.sample_bias = c->per_sample_bias, p.residual = c->residual;
+  p.y = c->y, p.bias = c->bias, p.sample_bias = c->per_sample_bias, p.residual = c->residual, p.floor = c->rectified ? 0 : -INFINITY;
   p.columns = s.output_channels, p.samples = s.batch, p.height = s.out_height, p.width = s.out_width, p.stride = 1;
   p.y_row = p.residual_row = s.output_channels;
   const int steps = (s.input_channels + kDepth - 1) / kDepth;
@@ -71,9 +72,9 @@ extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream
 
 extern "C" int lcm_conv2d_input_gradient_hopper(const LcmConv2dInputGradient *c, cudaStream_t stream) {
   Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, c->padding_end, 0, 0};
-  if (!accepts(s, c->dtype) || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx)) return -1;
+  if (!accepts(s, c->dtype) || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx) || !aligned(c->residual) || !aligned(c->gate) || (c->residual && c->gate)) return -1;
   Problem p = {};
-  p.y = c->dx;
+  p.y = c->dx, p.residual = c->gate ? c->gate : c->residual, p.gate = c->gate != nullptr, p.floor = -INFINITY;
   p.columns = s.input_channels, p.samples = s.batch, p.height = s.height, p.width = s.width, p.stride = s.stride;
   p.y_row = p.residual_row = s.input_channels;
   const int steps = (s.output_channels + kDepth - 1) / kDepth, phases = s.stride * s.stride;

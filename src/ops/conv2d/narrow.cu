@@ -227,12 +227,12 @@ int run(int batch, int height, int width, int from, int to, int padding, bool gr
 } // namespace
 
 extern "C" int lcm_conv2d_forward_narrow(const LcmConv2d *c, cudaStream_t stream) {
-  if (c->kernel != 3 || c->stride != 1 || c->padding_end != c->padding || c->per_sample_bias || c->residual) return -1;
+  if (c->kernel != 3 || c->stride != 1 || c->padding_end != c->padding || c->per_sample_bias || c->residual || c->rectified) return -1;
   return run(c->batch, c->height, c->width, c->input_channels, c->output_channels, c->padding, false, c->x, c->weight, c->bias, c->y, c->dtype, stream);
 }
 
 extern "C" int lcm_conv2d_input_gradient_narrow(const LcmConv2dInputGradient *c, cudaStream_t stream) {
-  if (c->kernel != 3 || c->stride != 1 || c->padding_end != c->padding) return -1;
+  if (c->kernel != 3 || c->stride != 1 || c->padding_end != c->padding || c->residual || c->gate) return -1;
   const int height = c->height + 2 * c->padding - 2, width = c->width + 2 * c->padding - 2; // of dy
   return run(c->batch, height, width, c->output_channels, c->input_channels, 2 - c->padding, true, c->dy, c->weight, nullptr, c->dx, c->dtype, stream);
 }
