@@ -82,6 +82,10 @@ struct Arguments {
     /// ... weight of the reference's keys and values alone [default: 2]
     #[arg(long, value_name = "SCALE")]
     guidance_scale_kv: Option<f64>,
+    /// Keep the encoders of text and images out of memory while they have nothing to do: 2.9 GB less with SDXL in half
+    /// precision.
+    #[arg(long)]
+    lean: bool,
     /// Draw without the KV branch, with the adapter alone.
     #[arg(long)]
     no_kv: bool,
@@ -93,7 +97,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Some(path) => load_image(path)?,
         None => image::load_from_memory(PORTRAIT)?.into_rgb8(),
     };
-    let (base, AdapterInit { resampler, tensors }) = arguments.model.load()?;
+    let (base, AdapterInit { resampler, tensors }) =
+        if arguments.lean { arguments.model.load_lean()? } else { arguments.model.load()? };
     warn_without_face(&base, &photograph)?;
     let personalizer = match &arguments.checkpoint {
         Some(path) if is_run(path)? => Personalizer::from_checkpoint(base, &resampler, path)?,

@@ -108,6 +108,62 @@ fn convolution_equals_the_cpu() -> Result<()> {
 }
 
 #[test]
+fn convolution_between_a_few_channels_and_many_equals_the_cpu() -> Result<()> {
+    for (height, width, input, output, padding) in [
+        (33, 20, 3, 128, 1),
+        (16, 16, 128, 3, 1),
+        (20, 35, 320, 4, 1),
+        (9, 40, 4, 72, 0),
+        (18, 17, 40, 1, 2),
+        (5, 3, 72, 2, 1),
+    ] {
+        let weight = random("w", &[output, 3, 3, input]);
+        let inputs = [random("x", &[2, height, width, input]), weight, random("b", &[output])];
+        compare(&format!("narrow conv2d {height} {width} {input} {output} {padding}"), &inputs, |t| {
+            ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, padding)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_padded_at_the_end_equals_the_cpu() -> Result<()> {
+    for (size, input, output) in [(16, 64, 64), (8, 16, 24), (10, 4, 4)] {
+        let inputs =
+            [random("x", &[2, size, size + 2, input]), random("w", &[output, 3, 3, input]), random("b", &[output])];
+        compare(&format!("conv2d padded at the end {size} {input} {output}"), &inputs, |t| {
+            ops::conv2d_padded(&t[0], &t[1], &Addends::bias(Some(&t[2])), 2, [0, 1])
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn blocks_of_rectified_convolutions_equal_the_cpu() -> Result<()> {
+    for (size, channels) in [(40, 64), (9, 24), (6, 12)] {
+        let weight = || random("w", &[channels, 3, 3, channels]).affine(0.1, 0.0);
+        let (weights, bias) = ([weight()?, weight()?.affine(-1.0, 0.0)?, weight()?], random("b", &[channels]));
+        let inputs = [random("x", &[2, size, size + 3, channels])];
+        compare(&format!("rectified block {size} {channels}"), &inputs, |t| {
+            let like = |w: &Tensor| Ok::<_, lcm_lookahead::Error>(w.to_device(t[0].device())?.to_dtype(t[0].dtype())?);
+            let (a, b, c, bias) = (like(&weights[0])?, like(&weights[1])?, like(&weights[2])?, like(&bias)?);
+            ops::rectified_block(&t[0], [(&a, &bias), (&b, &bias), (&c, &bias)])
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_of_64_and_128_channels_equals_the_cpu() -> Result<()> {
+    for (size, input, output) in [(64, 64, 64), (40, 128, 128), (37, 64, 120), (33, 72, 56)] {
+        let inputs =
+            [random("x", &[3, size, size, input]), random("w", &[output, 3, 3, input]), random("b", &[output])];
+        compare(&format!("conv2d {size} {input} {output}"), &inputs, |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1))?;
+    }
+    Ok(())
+}
+
+#[test]
 fn addends_equal_the_cpu() -> Result<()> {
     for (size, input, output, kernel) in [(16, 64, 128, 3), (8, 128, 64, 3), (8, 64, 64, 1), (9, 16, 24, 3)] {
         let weight = random("w", &[output, kernel, kernel, input]);

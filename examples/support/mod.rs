@@ -84,13 +84,28 @@ pub struct ModelArguments {
 
 const SDXL: &str = "Files of SDXL";
 
+/// [`Base::sdxl`] or [`Base::sdxl_lean`].
+type Assemble = fn(&SdxlFiles, DType, &Device) -> lcm_lookahead::Result<Base>;
+
 impl ModelArguments {
     /// The frozen networks, and the pretrained adapter that belongs to them.
     pub fn load(&self) -> anyhow::Result<(Base, AdapterInit)> {
+        self.load_for(Base::sdxl)
+    }
+
+    /// The same with encoders that are opened when they are used: for drawing, where memory is short.
+    pub fn load_lean(&self) -> anyhow::Result<(Base, AdapterInit)> {
+        if self.model != Model::Sdxl {
+            bail!("--lean is for --model sdxl");
+        }
+        self.load_for(Base::sdxl_lean)
+    }
+
+    fn load_for(&self, assemble: Assemble) -> anyhow::Result<(Base, AdapterInit)> {
         let device = self.compute.open()?;
         let dtype = self.compute.dtype(if self.model == Model::Sdxl { DType::BF16 } else { DType::F32 })?;
         if self.model == Model::Sdxl {
-            return self.load_sdxl(dtype, &device);
+            return self.load_sdxl(dtype, &device, assemble);
         }
         let given = [
             ("--weights", self.weights.is_some()),
@@ -111,7 +126,7 @@ impl ModelArguments {
         Ok((base, AdapterInit { resampler, tensors: mini::adapter_tensors()? }))
     }
 
-    fn load_sdxl(&self, dtype: DType, device: &Device) -> anyhow::Result<(Base, AdapterInit)> {
+    fn load_sdxl(&self, dtype: DType, device: &Device, assemble: Assemble) -> anyhow::Result<(Base, AdapterInit)> {
         let choice = SdxlChoice {
             pipeline: self.pipeline.clone(),
             unet: self.unet.clone(),
@@ -125,7 +140,7 @@ impl ModelArguments {
         }
         let hub = Hub::from_env()?.with_weights_folder(self.weights.clone());
         let files = SdxlFiles::find(&hub, &choice)?;
-        let base = Base::sdxl(&files, dtype, device)?;
+        let base = assemble(&files, dtype, device)?;
         let adapter = files.adapter(base.unet.config())?;
         Ok((base, adapter))
     }

@@ -15,6 +15,10 @@ use crate::{Error, Result};
 /// [`Error::Device`], in one sentence, where there is no driver, no such GPU, or one older than compute capability 8.0.
 pub fn open(ordinal: usize) -> Result<Device> {
     let wrong = |reason: String| Error::device("opening a GPU", reason);
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    if !super::driver::is_there() {
+        return Err(wrong("this machine has no NVIDIA driver (libcuda.so.1); use the CPU, or install one".into()));
+    }
     let count = result::init()
         .and_then(|()| result::device::get_count())
         .map_err(|error| wrong(format!("no usable NVIDIA driver ({error}); use the CPU, or install one")))?;

@@ -7,6 +7,8 @@
 
 mod blas;
 mod device;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod driver;
 mod graph;
 mod memory;
 mod reduce;
@@ -18,7 +20,7 @@ pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deter
 pub use graph::Graph;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
-pub(crate) use upload::upload_bytes;
+pub(crate) use upload::{Bytes, Upload, upload_all};
 
 use crate::{Error, Result};
 

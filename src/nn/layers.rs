@@ -86,7 +86,7 @@ pub struct Conv2d {
     weight: Tensor,
     bias: Option<Tensor>,
     stride: usize,
-    padding: usize,
+    padding: [usize; 2],
 }
 
 impl Conv2d {
@@ -112,7 +112,23 @@ impl Conv2d {
         let init = Init::FanIn(input * kernel * kernel);
         let weight = weights.get_conv(output, input, kernel, weight, init)?;
         let bias = bias.map(|name| weights.get(output, name, init)).transpose()?;
-        Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding })
+        Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding: [padding; 2] })
+    }
+
+    /// The weight `(output, kernel, kernel, input)` and the bias of a layer that has one, for an operation on `x`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer without bias.
+    pub(crate) fn weight_and_bias(&self, x: &Tensor) -> Result<(Cow<'_, Tensor>, Cow<'_, Tensor>)> {
+        match like_opt(&self.bias, x)? {
+            Some(bias) => Ok((like_conv(&self.weight, x)?, bias)),
+            None => Err(Error::argument("Conv2d", "bias", "a layer with a bias", "one without")),
+        }
+    }
+
+    /// The same layer with another number of zeros right and below the picture.
+    pub fn with_padding_end(self, padding_end: usize) -> Self {
+        Conv2d { padding: [self.padding[0], padding_end], ..self }
     }
 
     /// `x`: `(batch, height, width, input)` to `(batch, height', width', output)`.
@@ -120,8 +136,7 @@ impl Conv2d {
     /// # Errors
     /// Those of [`ops::conv2d`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let bias = like_opt(&self.bias, x)?;
-        ops::conv2d(x, &*like_conv(&self.weight, x)?, bias.as_deref(), self.stride, self.padding)
+        self.forward_adding(x, &Loras::none(), &Addends::default())
     }
 
     /// The same with the LoRA sets that have an entry for this layer added.
@@ -140,9 +155,9 @@ impl Conv2d {
         let adapted = Adapted::new(like_conv(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
         let addends = Addends { bias: bias.as_deref(), ..*addends };
-        let mut y = ops::conv2d_with(x, &adapted.weight, &addends, self.stride, self.padding)?;
+        let mut y = ops::conv2d_padded(x, &adapted.weight, &addends, self.stride, self.padding)?;
         for (layer, scale) in adapted.rest {
-            y = layer.add_conv(x, self.stride, self.padding, scale, &y)?;
+            y = layer.add_conv(x, self.stride, self.padding[0], scale, &y)?;
         }
         Ok(y)
     }

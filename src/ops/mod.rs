@@ -22,6 +22,7 @@ mod linear;
 pub(crate) mod lora_factors;
 mod max_pool2d;
 mod prelu;
+mod rectified_block;
 pub(crate) mod resize_bicubic;
 mod resize_bilinear;
 mod support;
@@ -32,7 +33,7 @@ pub use activation::{Activation, activation};
 pub use addends::Addends;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use channel_affine::channel_affine;
-pub use conv2d::{conv2d, conv2d_with};
+pub use conv2d::{conv2d, conv2d_padded, conv2d_with};
 pub use depthwise_conv2d::depthwise_conv2d;
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
@@ -45,6 +46,8 @@ pub use layer_norm::{add_layer_norm, layer_norm};
 pub use linear::{linear, linear_with};
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
+pub(crate) use rectified_block::is_lean;
+pub use rectified_block::rectified_block;
 pub use resize_bicubic::resize_bicubic;
 pub use resize_bilinear::resize_bilinear;
 pub use upsample_nearest_2x::upsample_nearest_2x;

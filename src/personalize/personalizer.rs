@@ -294,7 +294,8 @@ impl Personalizer {
         };
         let with_reference = options.use_reference && self.encoder.kv_encoder().is_some();
         let branches = options.guidance.branches(with_reference);
-        let text = base.conditioning(prompts)?;
+        let encoder_prompts = vec![options.encoder_prompt.clone(); batch];
+        let [text, prompt] = base.conditionings([prompts, &encoder_prompts])?;
         let no_text = text.without_text()?;
         let texts: Vec<&Conditioning> =
             branches.iter().map(|branch| if branch.conditional { &text } else { &no_text }).collect();
@@ -302,7 +303,6 @@ impl Personalizer {
         let images: Vec<&Tensor> =
             branches.iter().map(|branch| if branch.conditional { &tokens } else { &no_tokens }).collect();
 
-        let prompt = base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
         let no_prompt = prompt.without_text()?;
         let encoder_texts: Vec<&Conditioning> = branches
             .iter()

@@ -7,7 +7,7 @@ mod add;
 mod cast;
 mod concat;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 mod layout;
 mod per_sample;
 mod scale;
