@@ -3,6 +3,7 @@
 
 mod check;
 mod function;
+mod leaves;
 mod recompute;
 mod stack;
 pub mod tape;
@@ -10,5 +11,6 @@ pub mod tape;
 pub use check::{GradientCheck, check_gradients};
 pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
 pub(crate) use function::{View, apply_views, dense};
+pub use leaves::gradients;
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub use stack::with_large_stack;

@@ -6,6 +6,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
 
 use super::Node;
+use crate::autograd::leaves;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The slots hold whole values only, so one left by a panicking thread is still good.
@@ -33,6 +34,8 @@ pub(super) struct Direct {
     pub node: Node,
     /// Which inputs are variables.
     pub variables: Vec<bool>,
+    /// The inputs whose gradients go past the graph, with their positions.
+    pub leaves: Vec<(usize, Tensor)>,
     pub positions: Vec<usize>,
     pub result: Slot,
 }
@@ -41,7 +44,8 @@ impl Direct {
     fn gradients(&self, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
         let (outputs, gradients) = ([Some(result.detach())], [Some(gradient.clone())]);
         let mut all = self.node.backward_with_zeros(&self.variables, &outputs, &gradients)?;
-        Ok(self.positions.iter().map(|position| all[*position].take()).collect())
+        leaves::take(&self.leaves, &mut all)?;
+        Ok(self.positions.iter().map(|position| all.get_mut(*position).and_then(Option::take)).collect())
     }
 }
 
@@ -138,6 +142,8 @@ pub(super) struct Shared {
     pub node: Node,
     /// Which inputs are variables.
     pub variables: Vec<bool>,
+    /// The inputs whose gradients go past the graph, with their positions.
+    pub leaves: Vec<(usize, Tensor)>,
     pub outputs: Mutex<Vec<Option<Tensor>>>,
     pub gradients: Mutex<Vec<Option<Tensor>>>,
     pub input_gradients: Mutex<Vec<Option<Tensor>>>,
@@ -159,7 +165,8 @@ impl Join {
             // The slots are left empty but of the right length: the same graph may be walked again.
             *lock(&self.shared.outputs) = vec![None; outputs.len()];
             *lock(&self.shared.gradients) = vec![None; gradients.len()];
-            let computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
+            let mut computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
+            leaves::take(&self.shared.leaves, &mut computed)?;
             *lock(&self.shared.input_gradients) = computed;
         }
         Ok(lock(&self.shared.input_gradients).get_mut(self.position).and_then(Option::take))
