@@ -7,6 +7,7 @@ mod leaves;
 mod recompute;
 mod stack;
 pub mod tape;
+mod taped;
 
 pub use check::{GradientCheck, check_gradients};
 pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
@@ -14,3 +15,4 @@ pub(crate) use function::{View, apply_views, dense};
 pub use leaves::gradients;
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub use stack::with_large_stack;
+pub(crate) use taped::taped;

@@ -181,12 +181,19 @@ fn tie(
         input_gradients: Mutex::new(Vec::new()),
     });
     let mut token: Option<Tensor> = None;
-    for (i, (position, input)) in tracked.iter().enumerate() {
-        let join = Join { shared: shared.clone(), position: *position, last: i + 1 == tracked.len() };
-        token = Some(match token {
-            None => input.apply_op1(join)?,
-            Some(token) => token.apply_op2(input, join)?,
+    let mut rest = tracked;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(rest.len().min(if token.is_some() { 2 } else { 3 }));
+        let positions = now.iter().map(|(position, _)| *position).collect();
+        let join = Join { shared: shared.clone(), continues: token.is_some(), positions, last: later.is_empty() };
+        let arguments: Vec<&Tensor> = token.iter().chain(now.iter().map(|(_, input)| *input)).collect();
+        token = Some(match arguments[..] {
+            [a] => a.apply_op1(join)?,
+            [a, b] => a.apply_op2(b, join)?,
+            [a, b, c] => a.apply_op3(b, c, join)?,
+            _ => unreachable!("one to three arguments by construction"),
         });
+        rest = later;
     }
     let Some(token) = token else {
         return Ok(outputs.into_iter().map(Output::into_tensor).collect());
