@@ -3,12 +3,16 @@
 
 mod check;
 mod function;
+mod leaves;
 mod recompute;
 mod stack;
 pub mod tape;
+mod taped;
 
 pub use check::{GradientCheck, check_gradients};
 pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
 pub(crate) use function::{View, apply_views, dense};
+pub use leaves::gradients;
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub use stack::with_large_stack;
+pub(crate) use taped::taped;

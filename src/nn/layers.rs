@@ -11,7 +11,7 @@ use candle_core::{D, Tensor};
 use super::lora::{LoraLayer, Loras};
 use super::{Init, Weights};
 #[cfg(feature = "cuda")]
-use crate::ops::lora_factors::Factors;
+use crate::ops::low_rank::{Factors, linear_low_rank};
 use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
 
@@ -68,7 +68,7 @@ impl Linear {
             && let Some(low_rank) = layer.factors(*scale)
         {
             let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
-            return super::stacked::linear_adapted(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
+            return linear_low_rank(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
         }
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;

@@ -7,21 +7,7 @@ use super::lora::Loras;
 use crate::Result;
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::lora_factors::linear::linear_low_rank;
-#[cfg(feature = "cuda")]
-use crate::ops::lora_factors::{Factors, lora_factors};
-
-/// Frozen layers whose weights lie one after the other, with the low-rank updates of those that have one.
-#[cfg(feature = "cuda")]
-pub(super) fn linear_adapted(
-    x: &Tensor,
-    weight: &Tensor,
-    addends: (Option<&Tensor>, Option<&Tensor>),
-    factors: &[Factors<'_>],
-) -> Result<Tensor> {
-    let (down, up) = lora_factors(factors, x.dtype())?;
-    linear_low_rank(x, weight, addends, (&down, &up))
-}
+use crate::ops::low_rank::{Factors, linear_low_rank};
 
 /// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
 /// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
@@ -73,13 +59,13 @@ impl StackedLinear {
         }
         #[cfg(feature = "cuda")]
         if let Some(factors) = self.factors(loras) {
-            return linear_adapted(x, &self.weight, (None, None), &factors).map(Some);
+            return linear_low_rank(x, &self.weight, (None, None), &factors).map(Some);
         }
         Ok(None)
     }
 
     /// The factors of the layers; `None` where a layer has several sets, or factors of another kind than
-    /// [`lora_factors`] takes.
+    /// [`linear_low_rank`] takes.
     #[cfg(feature = "cuda")]
     fn factors<'a>(&'a self, loras: &'a Loras) -> Option<Vec<Factors<'a>>> {
         let mut factors = Vec::with_capacity(self.layers.len());

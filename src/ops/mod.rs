@@ -19,7 +19,7 @@ mod group_norm;
 mod layer_norm;
 mod linear;
 #[cfg(feature = "cuda")]
-pub(crate) mod lora_factors;
+pub(crate) mod low_rank;
 mod max_pool2d;
 mod prelu;
 mod rectified_block;

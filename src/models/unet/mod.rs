@@ -22,6 +22,7 @@ pub use config::Config;
 pub use freeu::FreeU;
 pub use pass::{ImageTokens, KeyValues, Pass, Recording};
 
+use crate::autograd::taped;
 use crate::nn::{Conv2d, GroupNorm, Weights};
 use crate::ops::{Activation, to_channels_first, to_channels_last};
 use crate::{Error, Result};
@@ -182,6 +183,21 @@ impl UNet {
         conditioning: &Conditioning,
         pass: &Pass,
     ) -> Result<Tensor> {
+        let run = |latents: &Tensor, conditioning: &Conditioning, pass: &Pass| {
+            Ok(vec![self.predict(latents, timesteps, conditioning, pass)?])
+        };
+        as_one_function(latents, conditioning, pass, run)?
+            .pop()
+            .ok_or_else(|| Error::argument("UNet::forward", "pass", "one that predicts something", "nothing"))
+    }
+
+    fn predict(
+        &self,
+        latents: &Tensor,
+        timesteps: &[usize],
+        conditioning: &Conditioning,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let (x, time) = self.start("UNet::forward", latents, timesteps, conditioning, pass)?;
         let mut run = Run::new(&time, conditioning, pass, None, None);
         let hidden = self.run(x, &mut run, true)?;
@@ -214,10 +230,21 @@ impl UNet {
             let found = format!("{:?}, none of which begins a block's name", recording.blocks);
             return Err(Error::argument("UNet::record", "recording.blocks", format!("some of {names:?}"), found));
         };
-        let (x, time) = self.start("UNet::record", latents, timesteps, conditioning, pass)?;
-        let mut run = Run::new(&time, conditioning, pass, Some(recording), Some(last));
-        self.run(x, &mut run, false)?;
-        Ok(run.recorded)
+        let run = |latents: &Tensor, conditioning: &Conditioning, pass: &Pass| {
+            let (x, time) = self.start("UNet::record", latents, timesteps, conditioning, pass)?;
+            let mut run = Run::new(&time, conditioning, pass, Some(recording), Some(last));
+            self.run(x, &mut run, false)?;
+            Ok(run.recorded.iter().flat_map(|(_, (key, value))| [key.clone(), value.clone()]).collect())
+        };
+        let mut tensors = as_one_function(latents, conditioning, pass, run)?.into_iter();
+        let mut recorded = KeyValues::default();
+        // In the order of the map that the run made: that of the names.
+        let mut names: Vec<&String> = names.iter().filter(|name| recording.includes(name)).collect();
+        names.sort();
+        for (name, (key, value)) in names.into_iter().zip(std::iter::from_fn(|| tensors.next().zip(tensors.next()))) {
+            recorded.insert(name.as_str(), key, value);
+        }
+        Ok(recorded)
     }
 
     /// Checks the arguments, and computes the first hidden states, channels-last, and the time embedding.
@@ -280,4 +307,34 @@ impl UNet {
         }
         Ok(whole.then_some(x))
     }
+}
+
+/// Runs a pass as one function of all tensors that may need a gradient.
+fn as_one_function(
+    latents: &Tensor,
+    conditioning: &Conditioning,
+    pass: &Pass,
+    run: impl Fn(&Tensor, &Conditioning, &Pass) -> Result<Vec<Tensor>>,
+) -> Result<Vec<Tensor>> {
+    let image_tokens = pass.image_tokens.as_ref().map(|tokens| &tokens.key_values);
+    let mut inputs = vec![latents, &conditioning.hidden_states, &conditioning.pooled];
+    for key_values in [pass.reference.as_ref(), image_tokens].into_iter().flatten() {
+        inputs.extend(key_values.iter().flat_map(|(_, (key, value))| [key, value]));
+    }
+    taped(&inputs, |tensors| {
+        let mut rest = tensors[3..].iter();
+        // `map` walks in the order of `iter`, and shows a key, then its value.
+        let mut next = |_: &str, old: &Tensor| Ok(rest.next().unwrap_or(old).clone());
+        let mut pass = pass.clone();
+        pass.reference = pass.reference.map(|reference| reference.map(&mut next)).transpose()?;
+        if let Some(tokens) = &mut pass.image_tokens {
+            tokens.key_values = tokens.key_values.map(&mut next)?;
+        }
+        let conditioning = Conditioning {
+            hidden_states: tensors[1].clone(),
+            pooled: tensors[2].clone(),
+            time_ids: conditioning.time_ids.clone(),
+        };
+        run(&tensors[0], &conditioning, &pass)
+    })
 }
