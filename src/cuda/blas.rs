@@ -62,6 +62,9 @@ const WORKSPACE: usize = 32 << 20;
 const CANDIDATES: usize = 8;
 /// Products of fewer floating-point operations take the heuristic's first choice untimed.
 const WORTH_TIMING: f64 = 5e8;
+/// A row of timed runs does about so many operations, in at most so many runs.
+const TIMED_WORK: f64 = 1e11;
+const MOST_RUNS: f64 = 10.0;
 
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
@@ -289,12 +292,16 @@ impl Launch<'_> {
         !matches!(self.device.cuda_stream().capture_status(), Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
     }
 
-    /// Times the candidates on the very operands: the best of three runs each, after one to warm up.
+    /// Times the candidates on the very operands: the best of three rows of runs each, after one to warm up. A row is
+    /// long enough that the host's launches, which are slower than a small product, do not count.
     fn fastest(&self, plan: &Plan, candidates: &[sys::cublasLtMatmulAlgo_t]) -> Result<sys::cublasLtMatmulAlgo_t> {
         let stream = self.device.cuda_stream();
         let error = |error| Error::device("matrix product", format!("timing: {error}"));
         let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(error);
         let (start, end) = (event()?, event()?);
+        let Gemm { left, right, batch, .. } = self.product;
+        let work = 2.0 * (left.rows * left.columns) as f64 * (right.columns * batch.0.max(1)) as f64;
+        let runs = (TIMED_WORK / work).clamp(1.0, MOST_RUNS) as usize;
         let mut best = (f32::INFINITY, candidates[0]);
         for algorithm in candidates {
             // A candidate that fails is no candidate.
@@ -303,7 +310,9 @@ impl Launch<'_> {
             }
             for _ in 0..3 {
                 start.record(&stream).map_err(error)?;
-                self.run(plan, algorithm)?;
+                for _ in 0..runs {
+                    self.run(plan, algorithm)?;
+                }
                 end.record(&stream).map_err(error)?;
                 let time = start.elapsed_ms(&end).map_err(error)?;
                 if time < best.0 {

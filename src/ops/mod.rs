@@ -18,6 +18,7 @@ mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod linear_geglu;
 #[cfg(feature = "cuda")]
 pub(crate) mod lora_factors;
 mod max_pool2d;
@@ -43,6 +44,7 @@ pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
 pub use linear::{linear, linear_with};
+pub use linear_geglu::linear_geglu;
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
 pub use resize_bicubic::resize_bicubic;

@@ -144,7 +144,7 @@ impl TransformerBlock {
         let attended = self.attn2.to_out.forward_adapted(&attended, loras)?;
         let (hidden, normed) = self.norm3.forward_adding(&attended, &hidden)?;
 
-        let gated = ops::geglu(&self.proj.forward_adapted(&normed, loras)?)?;
+        let gated = self.proj.forward_geglu(&normed, loras)?;
         match next_norm {
             Some(norm) => {
                 let (hidden, normed) = norm.forward_adding(&self.out.forward_adapted(&gated, loras)?, &hidden)?;
