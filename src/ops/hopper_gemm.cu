@@ -142,7 +142,7 @@ int hopper_multiprocessors() {
   return count < 0 ? 0 : count;
 }
 
-bool encode(CUtensorMap *map, bool half, int rank, const void *base, const int64_t *sizes, const int64_t *strides, const int *box, bool swizzled) {
+bool encode(CUtensorMap *map, bool half, int rank, const void *base, const int64_t *sizes, const int64_t *strides, const int *box) {
   cuuint64_t dims[5], bytes[5];
   cuuint32_t boxes[5], ones[5];
   for (int i = 0; i < rank; ++i) {
@@ -151,7 +151,7 @@ bool encode(CUtensorMap *map, bool half, int rank, const void *base, const int64
   }
   auto encode_tiled = encoder();
   return encode_tiled && encode_tiled(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void *>(base), dims, bytes, boxes, ones,
-                                      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -54,9 +54,8 @@ struct Plan {
 // from the last on). `transposed`: B is read as (K, columns). Of the problem, taps, steps and the shape of y are given, the rest of the geometry is filled in.
 Plan cut(Problem &problem, int phases, bool transposed, int multiprocessors, int (&box)[4]);
 
-// A tensor map over 16-bit numbers: sizes and box from the innermost dimension on, strides in numbers for all but the innermost. In shared
-// memory a box lies with the swizzle of 128 bytes that the products want, or plainly.
-bool encode(CUtensorMap *map, bool half, int rank, const void *base, const int64_t *sizes, const int64_t *strides, const int *box, bool swizzled = true);
+// A tensor map over 16-bit numbers: sizes and box from the innermost dimension on, strides in numbers for all but the innermost.
+bool encode(CUtensorMap *map, bool half, int rank, const void *base, const int64_t *sizes, const int64_t *strides, const int *box);
 
 // The tensor map of weights (output channels, taps, input channels); `transposed`: they are read for the gradient of the input.
 bool encode_weights(CUtensorMap *map, const Problem &problem, const Plan &plan, bool half, bool transposed, const void *weight, int64_t input, int64_t taps, int64_t output);

@@ -43,6 +43,8 @@ pub(crate) use elementwise::{wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
+#[cfg(feature = "cuda")]
+pub(crate) use linear::cuda::products as linear_products;
 pub use linear::{linear, linear_with};
 pub use linear_geglu::linear_geglu;
 pub use max_pool2d::max_pool2d;

@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use candle_core::Tensor;
 
 use super::Conv2d;
-use crate::autograd::{Backward, Forward};
+use crate::autograd::{Backward, Forward, Output};
 use crate::cuda::{
     Buffer, Gemm, Operand, add_channels, avoids, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
 };
@@ -22,6 +22,7 @@ struct ForwardArguments {
     residual: *const c_void,
     y: *mut c_void,
     geometry: Geometry,
+    y_row: i32,
 }
 
 /// `LcmConv2dInputGradient` of `conv2d.h`.
@@ -152,7 +153,9 @@ pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward
     let device = cuda_device(NAME, x)?;
     let out_channels = weight.dim(0)?;
     let (height, width) = shape.out();
-    let y = Buffer::new(&device, (x.dim(0)?, height, width, out_channels), x.dtype())?;
+    // The kernel for Hopper writes channels by eights.
+    let padded = out_channels.next_multiple_of(8);
+    let mut y = Buffer::new(&device, (x.dim(0)?, height, width, padded), x.dtype())?;
     let at =
         |place: Option<usize>| place.map(|place| pointer(NAME, &inputs[place]).map(|p| p.cast_const())).transpose();
     let (bias, residual) = (at(places.bias)?, at(places.residual)?);
@@ -164,9 +167,18 @@ pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward
         residual: residual.unwrap_or(std::ptr::null()),
         y: y.pointer(),
         geometry: shape,
+        y_row: padded as i32,
     };
     // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    if avoids(HOPPER) || !taken(NAME, unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) })? {
+    let done =
+        !avoids(HOPPER) && taken(NAME, unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) })?;
+    if done && padded != out_channels {
+        return Ok(Output::Tensor(y.into_tensor().narrow(3, 0, out_channels)?.contiguous()?).into());
+    }
+    if !done {
+        if padded != out_channels {
+            y = Buffer::new(&device, (x.dim(0)?, height, width, out_channels), x.dtype())?;
+        }
         let (patches, rows, columns) = im2col(convolution, x, weight)?;
         gemm(
             &device,

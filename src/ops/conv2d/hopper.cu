@@ -1,5 +1,5 @@
-// Convolution and the gradient of its input on Hopper, as implicit matrix products (../hopper_gemm.h): bf16 and f16, channels in
-// multiples of 8, kernels up to 5 x 5, strides 1 and 2.
+// Convolution and the gradient of its input on Hopper, as implicit matrix products (../hopper_gemm.h): bf16 and f16, input channels in
+// multiples of 8 (for the gradient output channels too), kernels up to 5 x 5, strides 1 and 2.
 //
 // A convolution of stride 2 reads x as four images, one per parity of row and column, each by its own tensor map: under a tap
 // the pixels of a box are then neighbours. The gradient of the input mirrors the taps, and reads the weights in place as a
@@ -40,7 +40,7 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
 bool accepts(Shape &s, int dtype) {
   if (dtype != 1 && dtype != 2) return false;
   if (s.kernel < 1 || s.kernel > 5 || s.stride < 1 || s.stride > 2 || s.padding < 0 || s.height < s.stride || s.width < s.stride || s.batch < 1) return false;
-  if (s.input_channels % 8 || s.output_channels % 8 || s.input_channels < 8 || s.output_channels < 8) return false;
+  if (s.input_channels < 1 || s.output_channels < 1) return false;
   if (s.height + 2 * s.padding < s.kernel || s.width + 2 * s.padding < s.kernel) return false;
   s.out_height = (s.height + 2 * s.padding - s.kernel) / s.stride + 1;
   s.out_width = (s.width + 2 * s.padding - s.kernel) / s.stride + 1;
@@ -51,11 +51,13 @@ bool accepts(Shape &s, int dtype) {
 
 extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream) {
   Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, 0, 0};
-  if (!accepts(s, c->dtype) || !aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || !aligned(c->residual)) return -1;
+  if (!accepts(s, c->dtype) || s.input_channels % 8 || !aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || !aligned(c->residual)) return -1;
+  // Rows are written by 8 channels; a residual would have to lie in such rows too.
+  if (c->y_row != (s.output_channels + 7) / 8 * 8 || (s.output_channels % 8 && c->residual)) return -1;
   Problem p = {};
   p.y = c->y, p.bias = c->bias, p.sample_bias = c->per_sample_bias, p.residual = c->residual;
   p.columns = s.output_channels, p.samples = s.batch, p.height = s.out_height, p.width = s.out_width, p.stride = 1;
-  p.y_row = p.residual_row = s.output_channels;
+  p.y_row = p.residual_row = c->y_row;
   const int steps = (s.input_channels + kDepth - 1) / kDepth;
   int taps = 0;
   for (int y = 0; y < s.kernel; ++y)
@@ -70,7 +72,7 @@ extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream
 
 extern "C" int lcm_conv2d_input_gradient_hopper(const LcmConv2dInputGradient *c, cudaStream_t stream) {
   Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, 0, 0};
-  if (!accepts(s, c->dtype) || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx)) return -1;
+  if (!accepts(s, c->dtype) || s.input_channels % 8 || s.output_channels % 8 || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx)) return -1;
   Problem p = {};
   p.y = c->dx;
   p.columns = s.input_channels, p.samples = s.batch, p.height = s.height, p.width = s.width, p.stride = s.stride;
