@@ -177,6 +177,9 @@ fn convolution_equals_the_cpu() -> Result<()> {
         (16, 64, 128, 3, 2),
         (12, 4, 32, 3, 1),
         (8, 32, 4, 3, 1),
+        (12, 64, 3, 3, 1),
+        (9, 16, 21, 3, 2),
+        (16, 128, 4, 1, 1),
         (8, 64, 32, 1, 1),
         (8, 272, 272, 3, 1),
         (8, 16, 272, 3, 1),
@@ -379,7 +382,7 @@ fn packed_self_attention_equals_the_cpu() -> Result<()> {
 
 #[test]
 fn residual_and_norm_equal_the_cpu() -> Result<()> {
-    for channels in [20, 640] {
+    for channels in [20, 320, 640, 768, 1280, 1664] {
         let x = [3, 5, channels];
         let inputs = [random("x", &x), random("r", &x), random("w", &[channels]), random("b", &[channels])];
         compare(&format!("add_layer_norm {channels}"), &inputs, |t| {
@@ -406,7 +409,7 @@ fn normalisations_equal_the_cpu() -> Result<()> {
             ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)
         })?;
     }
-    for channels in [20, 64, 640, 1280, 1664] {
+    for channels in [20, 64, 640, 768, 1280, 1664] {
         let x = (random("x", &[3, 5, channels]) - 2.0)?;
         let inputs = [x, random("w", &[channels]), random("b", &[channels])];
         compare(&format!("layer_norm {channels}"), &inputs, |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5))?;
@@ -422,6 +425,40 @@ fn pointwise_operations_equal_the_cpu() -> Result<()> {
         compare(&format!("{kind:?}"), &[random("x", &[5, 37])], |t| ops::activation(&t[0], kind))?;
     }
     Ok(())
+}
+
+#[test]
+fn the_gated_gelu_in_a_linear_layer_equals_the_cpu_and_itself() -> Result<()> {
+    for (rows, inner, out) in
+        [(7, 12, 5), (1, 64, 8), (130, 72, 88), (300, 640, 160), (1000, 200, 168), (257, 128, 1000)]
+    {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[2 * out, inner]), random("b", &[2 * out])];
+        let name = format!("linear_geglu {rows} {inner} {out}");
+        compare(&name, &inputs, |t| ops::linear_geglu(&t[0], &t[1], Some(&t[2])))?;
+        // Where nothing is to be differentiated, another kernel does it.
+        let Some(device) = gpu() else { return Ok(()) };
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 4e-3), (DType::F16, 1e-3)] {
+            let rounded = inputs.each_ref().map(|t| t.to_dtype(dtype).unwrap());
+            let exact = rounded.each_ref().map(|t| t.to_dtype(DType::F64).unwrap());
+            let moved = rounded.each_ref().map(|t| t.to_device(&device).unwrap());
+            for bias in [false, true] {
+                let run = |t: &[Tensor; 3]| ops::linear_geglu(&t[0], &t[1], bias.then_some(&t[2]));
+                let (found, again) = (run(&moved)?, run(&moved)?);
+                let error = error(&found, &run(&exact)?);
+                println!("{name} {dtype:?}: {error:.2e}");
+                assert!(error < limit, "{name} {dtype:?}: error {error:.2e}, limit {limit:.0e}");
+                assert_eq!(self::error(&again, &found), 0.0, "{name} {dtype:?}: differs between runs");
+            }
+        }
+    }
+    compare_large(
+        "linear_geglu 2x1024 1280 5120",
+        &[("x", &[2, 1024, 1280]), ("w", &[10240, 1280]), ("b", &[10240])],
+        |t| {
+            // Of the size that weights have: gates of hundreds would hide errors of small ones.
+            ops::linear_geglu(&t[0], &(&t[1] * 0.03)?, Some(&t[2]))
+        },
+    )
 }
 
 #[test]

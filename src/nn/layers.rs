@@ -61,7 +61,22 @@ impl Linear {
     /// # Errors
     /// Those of [`ops::linear_with`].
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.apply(x, Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?, residual)
+    }
+
+    /// The gated GELU of [`Linear::forward_adapted`], in one operation where that can be.
+    ///
+    /// # Errors
+    /// Those of [`ops::linear_geglu`].
+    pub fn forward_geglu(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
         let adapted = Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?;
+        match adapted.rest.is_empty() {
+            true => ops::linear_geglu(x, &adapted.weight, like_opt(&self.bias, x)?.as_deref()),
+            false => ops::geglu(&self.apply(x, adapted, None)?),
+        }
+    }
+
+    fn apply(&self, x: &Tensor, adapted: Adapted<'_>, residual: Option<&Tensor>) -> Result<Tensor> {
         let bias = like_opt(&self.bias, x)?;
         #[cfg(feature = "cuda")]
         if let ([(layer, scale)], false) = (&adapted.rest[..], self.weight.track_op())

@@ -28,7 +28,7 @@ impl StackedLinear {
     pub fn new(layers: &mut [&mut Linear]) -> Result<Option<Self>> {
         let fits =
             |layer: &&mut Linear| layer.weight.device().is_cuda() && !layer.weight.track_op() && layer.bias.is_none();
-        if !layers.iter().all(fits) {
+        if layers.is_empty() || !layers.iter().all(fits) {
             return Ok(None);
         }
         let weights: Vec<&Tensor> = layers.iter().map(|layer| &layer.weight).collect();
@@ -42,6 +42,34 @@ impl StackedLinear {
             start += rows;
         }
         Ok(Some(StackedLinear { weight, layers: stacked }))
+    }
+
+    /// The stack of `count` of the layers, from `start` on, in the same memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] where there are fewer.
+    pub fn part(&self, start: usize, count: usize) -> Result<Self> {
+        let rows = |layers: &[(String, Tensor)]| layers.iter().map(|(_, weight)| weight.dims()[0]).sum::<usize>();
+        let end = (start + count).min(self.layers.len());
+        let (before, layers) = (&self.layers[..start.min(end)], &self.layers[start.min(end)..end]);
+        Ok(StackedLinear { weight: self.weight.narrow(0, rows(before), rows(layers))?, layers: layers.to_vec() })
+    }
+
+    /// `x`: `(..., input)` to one output for each of `parts` equal parts of the stack, each `(..., its outputs)` and
+    /// contiguous. `None` where a layer has a LoRA, or a gradient has to come back to `x`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the product fails.
+    pub fn forward_parts(&self, x: &Tensor, parts: usize, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
+        let plain = self.layers.iter().all(|(path, _)| loras.at(path).next().is_none());
+        #[cfg(feature = "cuda")]
+        if plain && !x.track_op() && x.dtype() == self.weight.dtype() && x.dims().last() == self.weight.dims().last() {
+            let outputs = crate::ops::linear_products(x, &self.weight, parts)?;
+            let part = |i| outputs.narrow(0, i, 1)?.squeeze(0);
+            return Ok(Some((0..parts).map(part).collect::<candle_core::Result<_>>()?));
+        }
+        let _ = (x, parts, plain);
+        Ok(None)
     }
 
     /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;

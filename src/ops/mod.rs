@@ -18,6 +18,7 @@ mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod linear_geglu;
 #[cfg(feature = "cuda")]
 pub(crate) mod low_rank;
 mod max_pool2d;
@@ -43,7 +44,10 @@ pub(crate) use elementwise::{wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
+#[cfg(feature = "cuda")]
+pub(crate) use linear::cuda::products as linear_products;
 pub use linear::{linear, linear_with};
+pub use linear_geglu::linear_geglu;
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
 pub(crate) use rectified_block::is_lean;
