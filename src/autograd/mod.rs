@@ -6,9 +6,12 @@ mod function;
 mod recompute;
 mod stack;
 pub mod tape;
+mod taped;
 
 pub use check::{GradientCheck, check_gradients};
 pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
 pub(crate) use function::{View, apply_views, dense};
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
+pub(crate) use stack::on_pool;
 pub use stack::with_large_stack;
+pub use taped::taped;

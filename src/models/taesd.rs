@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{image_dims, to_channels_first, to_channels_last};
-use crate::autograd::recompute;
+use crate::autograd::{recompute, taped};
 use crate::nn::{Conv2d, Loras, Weights};
 use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
@@ -232,8 +232,9 @@ impl Taesd {
         }
         let latents = latents.affine(1.0 / self.config.scaling_factor, self.config.shift)?;
         let squeezed = ((latents / 3.0)?.tanh()? * 3.0)?;
-        let images = self.decoder.forward(&to_channels_last(&squeezed)?)?;
-        to_channels_first(&images.affine(2.0, -1.0)?)
+        let decoder = self.decoder.clone();
+        let images = taped(&[&to_channels_last(&squeezed)?], move |x| Ok(vec![decoder.forward(&x[0])?]))?;
+        to_channels_first(&images[0].affine(2.0, -1.0)?)
     }
 }
 

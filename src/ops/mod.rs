@@ -20,12 +20,14 @@ mod layer_norm;
 mod linear;
 #[cfg(feature = "cuda")]
 pub(crate) mod lora_factors;
+mod low_rank;
 mod max_pool2d;
 mod prelu;
 pub(crate) mod resize_bicubic;
 mod resize_bilinear;
 mod support;
 mod upsample_nearest_2x;
+mod vector;
 mod warp_affine;
 
 pub use activation::{Activation, activation};
@@ -38,11 +40,12 @@ pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
     to_channels_last,
 };
-pub(crate) use elementwise::{wide_dtype, widen};
+pub(crate) use elementwise::{sum, wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
 pub use linear::{linear, linear_with};
+pub(crate) use low_rank::add_low_rank;
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
 pub use resize_bicubic::resize_bicubic;

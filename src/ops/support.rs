@@ -5,6 +5,7 @@ use std::ops::Deref;
 
 use candle_core::{Device, Storage, StorageRef, Tensor, WithDType};
 
+use super::vector;
 use crate::{Error, Result};
 
 /// The floating-point types the operations compute in on the CPU.
@@ -22,12 +23,13 @@ pub(crate) trait Real:
     fn of(value: f64) -> Self;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
-    fn erf(self) -> Self;
+    /// The normal distribution function.
+    fn normal_distribution(self) -> Self;
     fn max(self, other: Self) -> Self;
 }
 
 macro_rules! real {
-    ($type:ty, $erf:path) => {
+    ($type:ty, $exp:path, $normal_distribution:path) => {
         impl Real for $type {
             #[inline(always)]
             fn of(value: f64) -> Self {
@@ -35,15 +37,15 @@ macro_rules! real {
             }
             #[inline(always)]
             fn exp(self) -> Self {
-                <$type>::exp(self)
+                $exp(self)
             }
             #[inline(always)]
             fn ln(self) -> Self {
                 <$type>::ln(self)
             }
             #[inline(always)]
-            fn erf(self) -> Self {
-                $erf(self)
+            fn normal_distribution(self) -> Self {
+                $normal_distribution(self)
             }
             #[inline(always)]
             fn max(self, other: Self) -> Self {
@@ -52,8 +54,12 @@ macro_rules! real {
         }
     };
 }
-real!(f32, libm::erff);
-real!(f64, libm::erf);
+real!(f32, vector::exp, vector::normal_distribution);
+real!(f64, f64::exp, normal_distribution);
+
+fn normal_distribution(x: f64) -> f64 {
+    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
 
 /// Runs `$body` with `$real` standing for the Rust type of a tensor's dtype; a typed error for other dtypes.
 macro_rules! dispatch {

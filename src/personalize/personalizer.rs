@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use image::RgbImage;
 
 use super::guidance::{Branch, Guidance, ReferenceText};
+use crate::autograd::on_pool;
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::formats::EncoderFile;
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
@@ -219,6 +220,10 @@ impl Personalizer {
         if prompts.is_empty() {
             return Err(Error::argument("Personalizer::generate", "prompts", "at least one", "none"));
         }
+        on_pool(&self.base.device, || self.generate_here(reference, prompts, options))
+    }
+
+    fn generate_here(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Tensor> {
         let base = &self.base;
         let batch = prompts.len();
         let (_, channels, height, width) = reference.latents.dims4()?;

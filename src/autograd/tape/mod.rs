@@ -28,7 +28,7 @@ use candle_core::{Tensor, TensorId};
 use crate::{Error, Result};
 pub use backward::Gradients;
 pub(super) use discovery::{Discovery, Kept, discover, see};
-pub(super) use frames::{Mode, mode, outside, run_discovery};
+pub(super) use frames::{Mode, apart, has_frames, mode, outside, run_discovery};
 use recording::Tape;
 pub(super) use recording::{note, note_views};
 
@@ -37,6 +37,18 @@ pub struct Recording {
     tape: Tape,
     inputs: Vec<Option<TensorId>>,
     outputs: Vec<Tensor>,
+}
+
+impl Recording {
+    /// Whether nothing is to be differentiated.
+    pub(super) fn is_constant(&self) -> bool {
+        self.tape.notes.is_empty() && !self.outputs.iter().any(Tensor::track_op)
+    }
+
+    /// The variables that the segment closes over.
+    pub(super) fn variables(&self) -> &[Tensor] {
+        &self.tape.variables
+    }
 }
 
 /// Runs a segment on a tape.

@@ -5,21 +5,31 @@ use super::Activation;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::support::{Real, tensor, values};
+use crate::ops::vector::vectorised;
 
-/// Elements a rayon task gets at least: less is not worth a task.
-const GRAIN: usize = 4096;
+/// Numbers that are one task: less is not worth one.
+const CHUNK: usize = 16 << 10;
 
 pub(super) fn forward<T: Real>(activation: Activation, x: &Tensor) -> Result<Forward> {
-    let xs = values::<T>("activation", x)?;
-    let xs: &[T] = &xs;
-    let y: Vec<T> = xs.par_iter().with_min_len(GRAIN).map(|x| activation.value(*x)).collect();
+    let mut y = values::<T>("activation", x)?.to_vec();
+    y.par_chunks_mut(CHUNK).for_each(|y| replace(activation, y));
     Ok(Output::from_vec(y, x.shape()).into())
 }
 
 pub(super) fn backward<T: Real>(activation: Activation, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
     let x = &context.inputs[0];
-    let (xs, gs) = (values::<T>("activation", x)?, values::<T>("activation", context.gradient()?)?);
-    let (xs, gs): (&[T], &[T]) = (&xs, &gs);
-    let dx: Vec<T> = xs.par_iter().zip(gs).with_min_len(GRAIN).map(|(x, g)| *g * activation.derivative(*x)).collect();
+    let gs = values::<T>("activation", context.gradient()?)?;
+    let mut dx = values::<T>("activation", x)?.to_vec();
+    dx.par_chunks_mut(CHUNK).zip(gs.par_chunks(CHUNK)).for_each(|(dx, g)| replace_by_gradient(activation, dx, g));
     Ok(vec![Some(tensor(dx, x.shape())?)])
+}
+
+vectorised! {
+    fn replace<T: Real>(activation: Activation, xs: &mut [T]) {
+        activation.replace(xs);
+    }
+
+    fn replace_by_gradient<T: Real>(activation: Activation, xs: &mut [T], gradient: &[T]) {
+        activation.replace_by_gradient(xs, gradient);
+    }
 }

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::Attention;
 use super::exponential::Exponential;
-use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces};
+use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces, score_gradient};
 use crate::autograd::Backward;
 use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
 use crate::{Error, Result};
@@ -154,7 +154,7 @@ impl<T: Exponential> Pass<'_, T> {
                     matmul(slopes, keys, false, g_rows, v_rows.transposed(), one, Threads::No);
                     let rows = slopes.chunks_exact_mut(keys).zip(scores.chunks_exact(keys));
                     for ((slopes, probabilities), delta) in rows.zip(&deltas[from..]) {
-                        slopes.iter_mut().zip(probabilities).for_each(|(s, p)| *s = *p * (*s - *delta));
+                        score_gradient(slopes, probabilities, *delta);
                     }
                     let slopes = Matrix::row_major(slopes, queries, keys);
                     if needs_q {

@@ -84,20 +84,33 @@ impl Window {
         }
     }
 
-    /// The product of every patch with a matrix `(patch, out)`, plus a bias: `(pixels, out)`.
-    fn correlate<T: Real>(&self, source: &[T], weight: Matrix<'_, T>, bias: Option<&[T]>) -> Vec<T> {
+    /// Whether the patches are the source's pixels, one after the other.
+    fn is_pointwise(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == 1 && self.origin == [0, 0] && self.out == self.source[1..3]
+    }
+
+    /// The product of every patch with a matrix `(patch, out)`, added to what `start` writes for the pixels from a
+    /// first one on, where it says it has: `(pixels, out)`.
+    fn correlate<T: Real>(
+        &self,
+        source: &[T],
+        weight: Matrix<'_, T>,
+        start: impl Fn(usize, &mut [T]) -> bool + Sync,
+    ) -> Vec<T> {
         let (out, patch, chunk) = (weight.columns, self.patch(), self.chunk::<T>());
         let mut y = vec![T::of(0.0); self.pixels() * out];
+        let pointwise = self.is_pointwise();
         y.par_chunks_mut(chunk * out).enumerate().for_each_init(Vec::new, |patches, (index, y)| {
-            let pixels = y.len() / out;
-            patches.resize(chunk * patch, T::of(0.0));
-            let patches = &mut patches[..pixels * patch];
-            self.gather(source, index * chunk, patches);
-            if let Some(bias) = bias {
-                y.chunks_exact_mut(out).for_each(|pixel| pixel.copy_from_slice(bias));
-            }
-            let patches = Matrix::row_major(patches, pixels, patch);
-            matmul(y, out, bias.is_some(), patches, weight, T::of(1.0), Threads::No);
+            let (first, pixels) = (index * chunk, y.len() / out);
+            let patches = if pointwise {
+                &source[first * patch..][..pixels * patch]
+            } else {
+                patches.resize(chunk * patch, T::of(0.0));
+                self.gather(source, first, &mut patches[..pixels * patch]);
+                &patches[..pixels * patch]
+            };
+            let keep = start(first, y);
+            matmul(y, out, keep, Matrix::row_major(patches, pixels, patch), weight, T::of(1.0), Threads::No);
         });
         y
     }
@@ -155,13 +168,13 @@ fn window(conv: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Window> {
 }
 
 pub(super) fn forward<T: Real>(conv: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
-    let (x, weight, bias) = (&inputs[0], &inputs[1], conv.places.bias.map(|place| &inputs[place]));
+    let (x, weight) = (&inputs[0], &inputs[1]);
     let window = window(conv, x, weight)?;
     let out = weight.dims()[0];
     let (xs, ws) = (values::<T>("conv2d", x)?, values::<T>("conv2d", weight)?);
-    let bias = bias.map(|bias| values::<T>("conv2d", bias)).transpose()?;
-    let mut y = window.correlate(&xs, Matrix::row_major(&ws, out, window.patch()).transposed(), bias.as_deref());
-    conv.places.add("conv2d", inputs, &mut y)?;
+    let addends = conv.places.numbers::<T>("conv2d", inputs, out, window.pixels())?;
+    let weight = Matrix::row_major(&ws, out, window.patch()).transposed();
+    let y = window.correlate(&xs, weight, |first, y| addends.write(first, y));
     Ok(Output::from_vec(y, (window.source[0], window.out[0], window.out[1], out)).into())
 }
 
@@ -250,7 +263,7 @@ fn input_gradient<T: Real>(conv: &Conv2d, window: &Window, weight: &[T], gradien
                     }
                 }
             }
-            let part = phase.correlate(gradient, Matrix::row_major(&mirrored, phase.patch(), channels), None);
+            let part = phase.correlate(gradient, Matrix::row_major(&mirrored, phase.patch(), channels), |_, _| false);
             if stride == 1 {
                 return part;
             }
