@@ -43,23 +43,21 @@ type Tensors = HashMap<String, Tensor>;
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let base = mini::base(DType::F32, &Device::Cpu)?;
-    let mut tensors = Tensors::new();
-    let asked = |part: &str| arguments.parts.is_empty() || arguments.parts.iter().any(|asked| asked == part);
-    if asked("unet") {
-        for batch in [1, 8] {
-            forward(&base, batch, 10 * arguments.repeats, &mut tensors)?;
-        }
-    }
-    if asked("training") {
-        with_large_stack(|| training(&base, arguments.batch, arguments.repeats, &mut tensors))?;
-    }
-    if asked("picture") {
-        picture(&base, arguments.repeats, &mut tensors)?;
-    }
     std::fs::create_dir_all(&arguments.out)?;
-    let path = arguments.out.join("miniature.safetensors");
-    candle_core::safetensors::save(&tensors, &path)?;
-    println!("inputs and results: {}", path.display());
+    for part in ["unet", "training", "picture"] {
+        if !arguments.parts.is_empty() && !arguments.parts.iter().any(|asked| asked == part) {
+            continue;
+        }
+        let (mut tensors, repeats) = (Tensors::new(), arguments.repeats.max(1));
+        match part {
+            "unet" => [1, 8].into_iter().try_for_each(|batch| forward(&base, batch, 10 * repeats, &mut tensors))?,
+            "training" => with_large_stack(|| training(&base, arguments.batch, repeats, &mut tensors))?,
+            _ => picture(&base, repeats, &mut tensors)?,
+        }
+        let path = arguments.out.join(format!("{part}.safetensors"));
+        candle_core::safetensors::save(&tensors, &path)?;
+    }
+    println!("inputs and results: {}", arguments.out.display());
     Ok(())
 }
 

@@ -48,9 +48,11 @@ def compare(what, found, expected, limit=1e-3):
 
 class Mode:
     """How the pass under way differs from the plain base: which LoRA at which scale, whose keys and values are attended
-    to besides the own ones, the image tokens' keys and values, and where to record the own keys and values."""
+    to besides the own ones, the image tokens' keys and values, and where to record the own keys and values; and whether a
+    frozen LoRA is added to a layer's weight rather than to its result."""
 
     lora, scale, reference, image, record = None, 1.0, None, None, None
+    merge = False
 
 
 class Finished(Exception):
@@ -70,10 +72,16 @@ def add_lora(layer, name, down, up):
         plain = layer.forward
 
         def forward(x):
-            y = plain(x)
-            if Mode.lora in layer.loras:
-                y = torch.add(y, low_rank(layer, x, *layer.loras[Mode.lora]), alpha=Mode.scale)
-            return y
+            if Mode.lora not in layer.loras:
+                return plain(x)
+            down, up = layer.loras[Mode.lora]
+            if Mode.merge and Mode.lora == "lcm":
+                flat = torch.addmm(layer.weight.flatten(1), up.flatten(1), down.flatten(1), alpha=Mode.scale)
+                weight = flat.view(layer.weight.shape)
+                if isinstance(layer, nn.Conv2d):
+                    return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+                return F.linear(x, weight, layer.bias)
+            return torch.add(plain(x), low_rank(layer, x, down, up), alpha=Mode.scale)
 
         layer.forward = forward
     layer.loras[name] = (down, up)
@@ -449,16 +457,19 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="the forward pass is run ten times as often")
     parser.add_argument("--channels-last", action="store_true", help="convolutions on channels-last pictures")
+    parser.add_argument("--merge-lora", action="store_true", help="add the LCM-LoRA to the weights, not to the results")
     arguments = parser.parse_args()
+    Mode.merge = arguments.merge_lora
     parts = {"unet": unet, "training": training, "picture": picture}
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
-    inputs = load_file(Path(arguments.inputs) / "miniature.safetensors")
     network = Miniature(torch.channels_last if arguments.channels_last else torch.contiguous_format)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, channels last: {arguments.channels_last}")
+    settings = f"channels last: {arguments.channels_last}, LoRA merged: {arguments.merge_lora}"
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {settings}")
     for name, measure in parts.items():
         if not arguments.parts or name in arguments.parts:
+            inputs = load_file(Path(arguments.inputs) / f"{name}.safetensors")
             measure(network, inputs, arguments.repeats)
 
 

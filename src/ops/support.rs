@@ -1,9 +1,11 @@
 //! What the CPU halves of the operations share: access to values, dispatch on the dtype, matrix products.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 
 use candle_core::{Device, Storage, StorageRef, Tensor, WithDType};
+use rayon::prelude::*;
 
 use super::vector;
 use crate::{Error, Result};
@@ -135,6 +137,30 @@ pub(crate) fn values<'a, T: Real>(operation: &'static str, tensor: &'a Tensor) -
 /// A dense tensor on the CPU from computed numbers.
 pub(crate) fn tensor<T: Real>(values: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
+}
+
+/// Numbers that are a task of their own where memory is filled.
+const FILLED: usize = 64 << 10;
+
+/// Numbers computed in parallel, a chunk at a time: `compute` gets the chunk's place in their order, and the chunk, which
+/// is zero and in the cache.
+pub(crate) fn computed<T: Real>(length: usize, chunk: usize, compute: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
+    let mut numbers: Vec<T> = Vec::with_capacity(length);
+    let spare = &mut numbers.spare_capacity_mut()[..length];
+    spare.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(index, part)| {
+        part.fill(MaybeUninit::new(T::of(0.0)));
+        // SAFETY: all of the chunk has just been written; a `MaybeUninit` has the layout of what it holds.
+        let part = unsafe { &mut *(std::ptr::from_mut(part) as *mut [T]) };
+        compute(index, part);
+    });
+    // SAFETY: the chunks, all of which were written, make up the first `length` elements.
+    unsafe { numbers.set_len(length) };
+    numbers
+}
+
+/// Zeros, written in parallel.
+pub(crate) fn zeros<T: Real>(length: usize) -> Vec<T> {
+    computed(length, FILLED, |_, _| {})
 }
 
 /// Whether arguments of an operation share dtype and device, as they must.

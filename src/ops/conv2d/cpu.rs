@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use super::Conv2d;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Real, Threads, computed, matmul, tensor, values, zeros};
 
 /// Bytes of patches gathered at a time: they stay in a core's second-level cache until the product has read them.
 const PATCH_BYTES: usize = 256 << 10;
@@ -98,21 +98,20 @@ impl Window {
         start: impl Fn(usize, &mut [T]) -> bool + Sync,
     ) -> Vec<T> {
         let (out, patch, chunk) = (weight.columns, self.patch(), self.chunk::<T>());
-        let mut y = vec![T::of(0.0); self.pixels() * out];
         let pointwise = self.is_pointwise();
-        y.par_chunks_mut(chunk * out).enumerate().for_each_init(Vec::new, |patches, (index, y)| {
+        computed(self.pixels() * out, chunk * out, |index, y| {
             let (first, pixels) = (index * chunk, y.len() / out);
+            let mut gathered = Vec::new();
             let patches = if pointwise {
                 &source[first * patch..][..pixels * patch]
             } else {
-                patches.resize(chunk * patch, T::of(0.0));
-                self.gather(source, first, &mut patches[..pixels * patch]);
-                &patches[..pixels * patch]
+                gathered.resize(pixels * patch, T::of(0.0));
+                self.gather(source, first, &mut gathered);
+                &gathered[..]
             };
             let keep = start(first, y);
             matmul(y, out, keep, Matrix::row_major(patches, pixels, patch), weight, T::of(1.0), Threads::No);
-        });
-        y
+        })
     }
 
     /// `gradient^T . patches`, `(out, patch)`, for a gradient `(pixels, out)`.
@@ -267,7 +266,9 @@ fn input_gradient<T: Real>(conv: &Conv2d, window: &Window, weight: &[T], gradien
             if stride == 1 {
                 return part;
             }
-            dx.resize(batch * height * width * channels, T::of(0.0));
+            if dx.is_empty() {
+                dx = zeros(batch * height * width * channels);
+            }
             let samples = dx.par_chunks_mut(height * width * channels);
             samples.zip(part.par_chunks(phase.out[0] * phase.out[1] * channels)).for_each(|(dx, part)| {
                 for (y, row) in part.chunks_exact(phase.out[1] * channels).enumerate() {
@@ -280,6 +281,5 @@ fn input_gradient<T: Real>(conv: &Conv2d, window: &Window, weight: &[T], gradien
             });
         }
     }
-    dx.resize(batch * height * width * channels, T::of(0.0));
-    dx
+    if dx.is_empty() { zeros(batch * height * width * channels) } else { dx }
 }

@@ -1,10 +1,9 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::activation::Activation;
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, computed, tensor, values};
 use crate::ops::vector::vectorised;
 
 /// Outputs that are one task: less is not worth one.
@@ -15,11 +14,11 @@ pub(super) fn forward<T: Real>(x: &Tensor) -> Result<Forward> {
     let channels = shape.pop().unwrap_or(0) / 2;
     shape.push(channels);
     let xs = values::<T>("geglu", x)?;
-    let mut y = vec![T::of(0.0); xs.len() / 2];
+    let xs: &[T] = &xs;
     // No channels, no rows: chunks of one of nothing.
     let narrow = channels.max(1);
     let chunk = narrow * CHUNK.div_ceil(narrow);
-    y.par_chunks_mut(chunk).zip(xs.par_chunks(2 * chunk)).for_each(|(y, x)| gate(narrow, x, y));
+    let y = computed(xs.len() / 2, chunk, |index, y| gate(narrow, &xs[2 * index * chunk..], y));
     Ok(Output::from_vec(y, shape).into())
 }
 
@@ -27,10 +26,11 @@ pub(super) fn backward<T: Real>(context: &Backward<'_>) -> Result<Vec<Option<Ten
     let x = &context.inputs[0];
     let narrow = (x.dims().last().copied().unwrap_or(0) / 2).max(1);
     let (xs, gs) = (values::<T>("geglu", x)?, values::<T>("geglu", context.gradient()?)?);
-    let mut dx = vec![T::of(0.0); xs.len()];
+    let (xs, gs): (&[T], &[T]) = (&xs, &gs);
     let chunk = narrow * CHUNK.div_ceil(narrow);
-    let parts = dx.par_chunks_mut(2 * chunk).zip(xs.par_chunks(2 * chunk).zip(gs.par_chunks(chunk)));
-    parts.for_each(|(dx, (x, g))| gate_gradient(narrow, x, g, dx));
+    let dx = computed(xs.len(), 2 * chunk, |index, dx| {
+        gate_gradient(narrow, &xs[2 * index * chunk..], &gs[index * chunk..], dx);
+    });
     Ok(vec![Some(tensor(dx, x.shape())?)])
 }
 

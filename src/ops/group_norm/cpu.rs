@@ -5,7 +5,7 @@ use super::GroupNorm;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::Activation;
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, tensor, values, zeros};
 use crate::ops::vector::vectorised;
 
 /// Numbers a task treats at a time. A constant, so that sums do not depend on the number of threads.
@@ -168,7 +168,7 @@ pub(super) fn forward<T: Real>(norm: &GroupNorm, x: &Tensor, weight: &Tensor, bi
     let bias = values::<T>("group_norm", bias)?;
     let (xs, ws, bias): (&[T], &[T], &[T]) = (&xs, &ws, &bias);
     let (means, rstds) = statistics(norm, &extent, xs);
-    let mut y = vec![T::of(0.0); xs.len()];
+    let mut y = zeros::<T>(xs.len());
     y.par_chunks_mut(extent.sample()).zip(xs.par_chunks(extent.sample())).enumerate().for_each(|(sample, (y, x))| {
         let mean = per_channel::<T>(&extent, sample, |_, group| means[group]);
         let scale = per_channel::<T>(&extent, sample, |c, group| rstds[group] * ws[c].to_f64());
@@ -194,7 +194,7 @@ pub(super) fn backward<T: Real>(norm: &GroupNorm, context: &Backward<'_>) -> Res
     let (means, rstds): (&[f64], &[f64]) = (&means, &rstds);
 
     // First the gradient before the activation, left in `dx`, and its sums, plain and times the normalised input.
-    let mut dx = vec![T::of(0.0); xs.len()];
+    let mut dx = zeros::<T>(xs.len());
     let samples = dx.par_chunks_mut(sample_length).zip(xs.par_chunks(sample_length)).zip(gs.par_chunks(sample_length));
     let parts = samples.enumerate().map(|(sample, ((dx, x), g))| {
         let mean = per_channel::<T>(&extent, sample, |_, group| means[group]);

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, computed, tensor, values, zeros};
 use crate::ops::vector::vectorised;
 
 /// Rows whose parts of the gradients of `weight` and `bias` are summed up together. A constant, so that the sums do
@@ -43,9 +43,9 @@ pub(super) fn forward<T: Real>(eps: f64, inputs: &[Tensor]) -> Result<Forward> {
     let xs = values::<T>("layer_norm", &inputs[0])?;
     let (weight, bias) = (values::<T>("layer_norm", &inputs[1])?, values::<T>("layer_norm", &inputs[2])?);
     let (weight, bias): (&[T], &[T]) = (&weight, &bias);
-    let mut y = vec![T::of(0.0); xs.len()];
+    let xs: &[T] = &xs;
     let chunk = weight.len() * ROWS;
-    y.par_chunks_mut(chunk).zip(xs.par_chunks(chunk)).for_each(|(y, x)| normalise(eps, weight, bias, x, y));
+    let y = computed(xs.len(), chunk, |index, y| normalise(eps, weight, bias, &xs[index * chunk..], y));
     Ok(Output::from_vec(y, inputs[0].shape()).into())
 }
 
@@ -95,7 +95,7 @@ pub(super) fn backward<T: Real>(eps: f64, context: &Backward<'_>) -> Result<Vec<
     let channels = weight.len();
     let needs_sums = context.needs[1] || context.needs[2];
 
-    let mut dx = vec![T::of(0.0); xs.len()];
+    let mut dx = zeros::<T>(xs.len());
     let chunk = channels * ROWS;
     let pieces = dx.par_chunks_mut(chunk).zip(xs.par_chunks(chunk).zip(gs.par_chunks(chunk)));
     let sums: Vec<[Vec<f64>; 2]> = pieces

@@ -1,10 +1,9 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::Linear;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Real, Threads, computed, matmul, tensor, values};
 
 /// Products of fewer rows are one task for the matrix product to divide.
 const FEW: usize = 256;
@@ -22,7 +21,6 @@ fn chunk(rows: usize) -> usize {
 fn product<T: Real>(x: &[T], right: Matrix<'_, T>, start: impl Fn(usize, &mut [T]) -> bool + Sync) -> Vec<T> {
     let (inner, out) = (right.rows, right.columns);
     let rows = x.len() / inner.max(1);
-    let mut y = vec![T::of(0.0); rows * out];
     let chunk = chunk(rows);
     let threads = if chunk >= rows { Threads::All } else { Threads::No };
     let part = |index: usize, y: &mut [T]| {
@@ -31,12 +29,8 @@ fn product<T: Real>(x: &[T], right: Matrix<'_, T>, start: impl Fn(usize, &mut [T
         let x = Matrix::row_major(&x[first * inner..][..rows * inner], rows, inner);
         matmul(y, out, keep, x, right, T::of(1.0), threads);
     };
-    match threads {
-        Threads::All if y.is_empty() => {}
-        Threads::All => part(0, &mut y),
-        Threads::No => y.par_chunks_mut((chunk * out).max(1)).enumerate().for_each(|(index, y)| part(index, y)),
-    }
-    y
+    // One chunk is computed here, not as a task, by all threads together.
+    computed(rows * out, chunk * out, part)
 }
 
 pub(super) fn forward<T: Real>(linear: &Linear, inputs: &[Tensor]) -> Result<Forward> {
