@@ -77,8 +77,8 @@ pub(super) fn suspended<T>(run: impl FnOnce() -> T) -> T {
     run()
 }
 
-/// Whether functions hand the gradients of variables over.
-pub(super) fn active() -> bool {
+/// Whether functions hand the gradients of variables over: inside [`gradients`].
+pub(crate) fn active() -> bool {
     LEAVES.with_borrow(Option::is_some)
 }
 

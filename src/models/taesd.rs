@@ -239,9 +239,9 @@ impl Taesd {
         }
         let latents = latents.affine(1.0 / self.config.scaling_factor, self.config.shift)?;
         let squeezed = ((latents / 3.0)?.tanh()? * 3.0)?;
-        let decode = |x: &[Tensor]| Ok(vec![self.decoder.forward(&to_channels_last(&x[0])?)?]);
-        let images = taped(&[&squeezed], decode)?.swap_remove(0);
-        to_channels_first(&images.affine(2.0, -1.0)?)
+        let decoder = self.decoder.clone();
+        let images = taped(&[&to_channels_last(&squeezed)?], move |x| Ok(vec![decoder.forward(&x[0])?]))?;
+        to_channels_first(&images[0].affine(2.0, -1.0)?)
     }
 }
 

@@ -7,6 +7,7 @@
 //! time in the backward pass.
 
 mod activation;
+mod add_low_rank;
 mod addends;
 mod attention;
 mod channel_affine;
@@ -28,9 +29,11 @@ pub(crate) mod resize_bicubic;
 mod resize_bilinear;
 mod support;
 mod upsample_nearest_2x;
+mod vector;
 mod warp_affine;
 
 pub use activation::{Activation, activation};
+pub(crate) use add_low_rank::add_low_rank;
 pub use addends::Addends;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use channel_affine::channel_affine;
@@ -40,7 +43,7 @@ pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
     to_channels_last,
 };
-pub(crate) use elementwise::{wide_dtype, widen};
+pub(crate) use elementwise::{sum, wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
@@ -48,6 +51,7 @@ pub use layer_norm::{add_layer_norm, layer_norm};
 pub(crate) use linear::cuda::products as linear_products;
 pub use linear::{linear, linear_with};
 pub use linear_geglu::linear_geglu;
+
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
 pub(crate) use rectified_block::is_lean;

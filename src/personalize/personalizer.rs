@@ -8,6 +8,7 @@ use image::RgbImage;
 
 use super::Reference;
 use super::guidance::{Branch, Guidance, ReferenceText};
+use crate::autograd::on_pool;
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::formats::EncoderFile;
 use crate::lookahead::{Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
@@ -214,6 +215,10 @@ impl Personalizer {
         if prompts.is_empty() {
             return Err(Error::argument("Personalizer::generate", "prompts", "at least one", "none"));
         }
+        on_pool(&self.base.device, || self.generate_here(reference, prompts, options))
+    }
+
+    fn generate_here(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Tensor> {
         let base = &self.base;
         let batch = prompts.len();
         reference.check_count("Personalizer::generate", batch)?;

@@ -28,7 +28,7 @@ use candle_core::{Shape, Tensor, TensorId};
 use crate::{Error, Result};
 pub use backward::Gradients;
 pub(super) use discovery::{Discovery, Kept, discover, see};
-pub(super) use frames::{Mode, mode, outside, run_discovery};
+pub(super) use frames::{Mode, apart, has_frames, mode, outside, run_discovery};
 use recording::Tape;
 pub(super) use recording::{note, note_views};
 
@@ -39,6 +39,13 @@ pub struct Recording {
     outputs: Vec<Tensor>,
     /// What the backward pass has to know of the outputs: ids of those to be differentiated, and shapes.
     ends: Vec<(Option<TensorId>, Shape)>,
+}
+
+impl Recording {
+    /// Whether nothing is to be differentiated.
+    pub(super) fn is_constant(&self) -> bool {
+        self.tape.notes.is_empty() && !self.outputs.iter().any(Tensor::track_op)
+    }
 }
 
 /// Runs a segment on a tape.

@@ -25,7 +25,7 @@ pub(super) struct Tape {
     pub notes: Vec<Note>,
     /// The tensors to be differentiated: inputs, leaves, outputs of notes.
     known: HashSet<TensorId>,
-    /// The variables that reached a function; each once.
+    /// The variables that are no inputs, in the order in which they were met.
     pub variables: Vec<Tensor>,
     /// The first function that a tensor reached which is not on the tape and should be.
     pub off_tape: Option<&'static str>,

@@ -6,6 +6,7 @@
 mod add;
 mod cast;
 mod concat;
+mod cpu;
 #[cfg(feature = "cuda")]
 pub(super) mod cuda;
 mod layout;
@@ -16,6 +17,7 @@ mod storage;
 mod tests;
 mod views;
 
+pub(crate) use add::sum;
 pub use add::{add, add_scaled};
 pub use cast::cast;
 pub(crate) use cast::{wide_dtype, widen};
