@@ -63,7 +63,7 @@ __device__ Wide wide_matrix(const LcmLowRank &call, int job) {
 
 // Block (token tile, job): job 0 makes x down^T of all layers, job i + 1 g up of layer i. The warps share the channels.
 template <class T>
-__global__ void __launch_bounds__(kThreads) by_tokens(const LcmLowRank call) {
+__global__ void __launch_bounds__(kThreads, 4) by_tokens(const LcmLowRank call) {
   const int job = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int ranks = job == 0 ? lcm::ranks_before(call, call.count) : call.rank[job - 1];
   if (ranks == 0) return;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) by_tokens(const LcmLowRank call) {
   const int64_t token = int64_t(blockIdx.x) * kTokens;
   const bool second = ranks > 8;
   float sums[2][2][4] = {};
-#pragma unroll 2
+#pragma unroll 1 // registers for four blocks a multiprocessor do more than loads further ahead
   for (int start = warp * kChannels; start < wide.channels; start += kWarps * kChannels) {
     const int channel = start + quarter * 8;
     const bool inside = channel < wide.channels;
@@ -124,19 +124,19 @@ struct Plan {
 };
 
 __host__ __device__ Plan plan_of(const LcmLowRank &call) {
-  const int64_t tokens = call.tokens >= 2048 ? 512 : kWarps * kStep;
+  const int64_t tokens = call.tokens >= 8192 ? 1024 : call.tokens >= 2048 ? 512 : kWarps * kStep;
   return {tokens, int((call.tokens + tokens - 1) / tokens)};
 }
 
 __host__ __device__ int slabs_of(int channels) { return (channels + kSlab - 1) / kSlab; }
 
-// Where the parts of a job's sums begin, in numbers: (parts, ranks, channels) for each job. Of the number of jobs: how
-// many numbers there are.
+// How many sums the jobs before a job have, (ranks, channels) each; of the number of jobs: how many there are. They lie
+// in the workspace job by job, and in a job part by part.
 __host__ __device__ int64_t sums_before(const LcmLowRank &call, int job) {
   if (job == 0) return 0;
-  int64_t rows = int64_t(lcm::ranks_before(call, call.count)) * call.input;
-  for (int i = 0; i + 1 < job; i++) rows += int64_t(call.rank[i]) * call.output[i];
-  return rows * plan_of(call).parts;
+  int64_t sums = int64_t(lcm::ranks_before(call, call.count)) * call.input;
+  for (int i = 0; i + 1 < job; i++) sums += int64_t(call.rank[i]) * call.output[i];
+  return sums;
 }
 
 __host__ __device__ int64_t narrow_bytes(const LcmLowRank &call) { return 2 * kNarrowRanks * padded_tokens(call.tokens) * 2; }
@@ -144,7 +144,7 @@ __host__ __device__ int64_t narrow_bytes(const LcmLowRank &call) { return 2 * kN
 // Block (slab of channels of all jobs, part): narrow^T wide of job 0, with g up, or of a layer, with its x down^T. The
 // warps share the part's tokens.
 template <class T>
-__global__ void __launch_bounds__(kThreads) by_channels(const LcmLowRank call) {
+__global__ void __launch_bounds__(kThreads, 3) by_channels(const LcmLowRank call) {
   int slab = blockIdx.x, job = 0;
   for (; job <= call.count; job++) {
     const bool any = job == 0 || call.rank[job - 1] > 0;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) by_channels(const LcmLowRank call) {
   const int64_t first = int64_t(blockIdx.y) * plan.tokens, end = first + plan.tokens;
   lcm::wait_for_previous();
   float sums[8][4] = {};
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t start = first + warp * kStep; start < end; start += kWarps * kStep) {
     const int64_t token = start + 4 * quarter;
     uint4 values[4];
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) by_channels(const LcmLowRank call) {
     }
   }
   __syncthreads();
-  float *out = reinterpret_cast<float *>(static_cast<char *>(call.workspace) + narrow_bytes(call)) + sums_before(call, job) +
-               int64_t(blockIdx.y) * ranks * wide.channels + slab * kSlab;
+  float *out = reinterpret_cast<float *>(static_cast<char *>(call.workspace) + narrow_bytes(call)) +
+               sums_before(call, job) * plan.parts + int64_t(blockIdx.y) * ranks * wide.channels + slab * kSlab;
   for (int i = threadIdx.x; i < ranks * kSlab; i += kThreads) {
     const int rank = i / kSlab, column = i % kSlab;
     if (slab * kSlab + column >= wide.channels) continue;
@@ -216,23 +216,27 @@ constexpr int kFinish = 4; // adjacent channels of a thread
 // Adds the parts, and writes the gradients.
 __global__ void __launch_bounds__(kThreads) finish(const LcmLowRank call) {
   const int parts = plan_of(call).parts;
-  int64_t place = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kFinish;
-  int job = 0;
-  while (job <= call.count && place >= (sums_before(call, job + 1) - sums_before(call, job)) / parts) {
-    place -= (sums_before(call, job + 1) - sums_before(call, job)) / parts;
-    job++;
+  unsigned place = (blockIdx.x * kThreads + threadIdx.x) * kFinish, start = 0, sums = 0;
+  int job = 0, rank = 0, channels = 0;
+  for (; job <= call.count; job++) {
+    rank = job == 0 ? lcm::ranks_before(call, call.count) : call.rank[job - 1];
+    channels = job == 0 ? call.input : call.output[job - 1];
+    sums = unsigned(rank) * channels;
+    if (place < sums) break;
+    place -= sums;
+    start += sums;
   }
   if (job > call.count) return;
-  const int channels = job == 0 ? call.input : call.output[job - 1];
-  int rank = int(place / channels), layer = job - 1;
+  int layer = job - 1;
+  rank = int(place / channels);
   const int channel = int(place % channels);
-  const int64_t distance = (sums_before(call, job + 1) - sums_before(call, job)) / parts;
-  const float *from = reinterpret_cast<const float *>(static_cast<const char *>(call.workspace) + narrow_bytes(call)) + sums_before(call, job) + place;
+  const float *from = reinterpret_cast<const float *>(static_cast<const char *>(call.workspace) + narrow_bytes(call)) +
+                      int64_t(start) * parts + place;
   lcm::wait_for_previous();
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
   for (int part = 0; part < parts; part++) {
-    const float4 more = *reinterpret_cast<const float4 *>(from + part * distance);
+    const float4 more = *reinterpret_cast<const float4 *>(from + int64_t(part) * sums);
     sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
   }
   const float values[kFinish] = {sum.x, sum.y, sum.z, sum.w};
@@ -259,19 +263,20 @@ int launch(const LcmLowRank &call, cudaStream_t stream) {
   for (int i = 0; i < call.count; i++) slabs += call.rank[i] > 0 ? slabs_of(call.output[i]) : 0;
   error = lcm::launch_dependent(by_channels<T>, dim3(slabs, plan.parts), dim3(kThreads), 0, stream, call);
   if (error) return error;
-  const int64_t numbers = sums_before(call, call.count + 1) / plan.parts;
+  const int64_t numbers = sums_before(call, call.count + 1);
   return lcm::launch_dependent(finish, dim3(unsigned(lcm::divide_up<int64_t>(numbers, kThreads * kFinish))), dim3(kThreads), 0, stream, call);
 }
 
 } // namespace
 
 extern "C" size_t lcm_low_rank_workspace(const LcmLowRank *call) {
-  return size_t(narrow_bytes(*call) + sums_before(*call, call->count + 1) * int64_t(sizeof(float)));
+  const int64_t sums = sums_before(*call, call->count + 1) * plan_of(*call).parts;
+  return size_t(narrow_bytes(*call) + sums * int64_t(sizeof(float)));
 }
 
 extern "C" int lcm_low_rank_gradients(const LcmLowRank *call, cudaStream_t stream) {
   if (call->count < 1 || call->count > LCM_LOW_RANK_LAYERS || !lcm::takes_narrow(*call) || call->tokens < 1 ||
-      plan_of(*call).parts > 65535 || !lcm::aligned(call->x, call->gradient, call->narrow_factors, call->workspace)) {
+      plan_of(*call).parts > 65535 || sums_before(*call, call->count + 1) > 0x7fffffff || !lcm::aligned(call->x, call->gradient, call->narrow_factors, call->workspace)) {
     return -1;
   }
   return call->dtype == 1 ? launch<__nv_bfloat16>(*call, stream) : launch<__half>(*call, stream);
