@@ -12,7 +12,6 @@ use image::imageops::FilterType;
 use image::{DynamicImage, RgbImage};
 use indicatif::ProgressBar;
 use lcm_lookahead::data::{Crop, load_image, resize_and_crop, save_png, to_tensor};
-use lcm_lookahead::formats::EncoderFile;
 use lcm_lookahead::models::unet::FreeU;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::{AdapterInit, ContactSheet, checkpoint};
@@ -103,7 +102,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let personalizer = match &arguments.checkpoint {
         Some(path) if is_run(path)? => Personalizer::from_checkpoint(base, &resampler, path)?,
         Some(path) if arguments.model.model == Model::Sdxl => {
-            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            let encoder = arguments.model.encoder(path, &base)?;
             Personalizer::from_encoder(base, &encoder)?
         }
         Some(path) => {
@@ -112,7 +111,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         // An adapter may bring a KV branch along.
         None if tensors.keys().any(|name| name.starts_with("kv_encoder.")) => {
             let path = arguments.model.adapter.as_deref().unwrap_or(Path::new(""));
-            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            let encoder = arguments.model.encoder(path, &base)?;
             Personalizer::from_encoder(base, &encoder)?
         }
         None => Personalizer::from_adapter(base, &resampler, tensors)?,

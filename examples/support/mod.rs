@@ -3,7 +3,7 @@
 
 mod compute;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -11,6 +11,7 @@ use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
 pub use compute::Compute;
 use lcm_lookahead::Base;
+use lcm_lookahead::formats::EncoderFile;
 use lcm_lookahead::hub::Hub;
 use lcm_lookahead::mini;
 use lcm_lookahead::sdxl::{SdxlChoice, SdxlFiles};
@@ -66,8 +67,9 @@ pub struct ModelArguments {
     /// A pipeline of one's own, as diffusers saves it: U-Net, scheduler, text encoders and tokenizers.
     #[arg(long, value_name = "DIR", help_heading = SDXL)]
     pub pipeline: Option<PathBuf>,
-    /// A fine-tuned U-Net alone: folder with config.json and weights.
-    #[arg(long, value_name = "DIR", help_heading = SDXL)]
+    /// A fine-tuned U-Net alone: folder with config.json and weights, or sdxl-turbo, which is downloaded (5 GB) where it
+    /// is not on this machine.
+    #[arg(long, value_name = "DIR|sdxl-turbo", help_heading = SDXL)]
     pub unet: Option<PathBuf>,
     /// Identity network: IR-SE50 (.pth), InsightFace's iresnet (.pth), CurricularFace (.pth), SFace (.onnx); any of them
     /// as safetensors [default: SFace from the hub]
@@ -126,7 +128,23 @@ impl ModelArguments {
         Ok((base, AdapterInit { resampler, tensors: mini::adapter_tensors()? }))
     }
 
+    /// A face encoder for this base, in any form. The paper's authors' checkpoint is compared with SDXL's own U-Net, where
+    /// that is what it is used with.
+    pub fn encoder(&self, path: &Path, base: &Base) -> anyhow::Result<EncoderFile> {
+        Ok(match self.model {
+            Model::Sdxl => self.files()?.encoder(path, base.unet.config())?,
+            Model::Mini => EncoderFile::open(path, base.unet.config(), None)?,
+        })
+    }
+
     fn load_sdxl(&self, dtype: DType, device: &Device, assemble: Assemble) -> anyhow::Result<(Base, AdapterInit)> {
+        let files = self.files()?;
+        let base = assemble(&files, dtype, device)?;
+        let adapter = files.adapter(base.unet.config())?;
+        Ok((base, adapter))
+    }
+
+    fn files(&self) -> anyhow::Result<SdxlFiles> {
         let choice = SdxlChoice {
             pipeline: self.pipeline.clone(),
             unet: self.unet.clone(),
@@ -139,9 +157,6 @@ impl ModelArguments {
             bail!("--weights {}: no such folder", folder.display());
         }
         let hub = Hub::from_env()?.with_weights_folder(self.weights.clone());
-        let files = SdxlFiles::find(&hub, &choice)?;
-        let base = assemble(&files, dtype, device)?;
-        let adapter = files.adapter(base.unet.config())?;
-        Ok((base, adapter))
+        Ok(SdxlFiles::find(&hub, &choice)?)
     }
 }
