@@ -7,7 +7,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, DeviceLocation, Tensor, TensorId, Var};
@@ -111,9 +110,10 @@ pub(super) fn take(variables: &[(usize, Tensor)], gradients: &mut [Option<Tensor
             Some((_, before)) => (before + gradient)?,
             None => gradient,
         };
-        LEAVES.with_borrow_mut(|leaves| match leaves.as_mut().map(|leaves| leaves.sums.entry(variable.id())) {
-            Some(Entry::Vacant(entry)) => drop(entry.insert((variable.clone(), sum))),
-            _ => {}
+        LEAVES.with_borrow_mut(|leaves| {
+            if let Some(leaves) = leaves {
+                leaves.sums.insert(variable.id(), (variable.clone(), sum));
+            }
         });
     }
     Ok(())
