@@ -1,4 +1,4 @@
-// Linear layers on Hopper: y = x W^T + b, and the same with the gated GELU behind it, whose projection, twice as wide as y,
+// Linear layers on Hopper: y = x W^T + b (+ residual), and the same with the gated GELU behind it, whose projection, twice as wide as y,
 // is then never written.
 //
 // A block makes tiles of 128 rows x 160 columns of the product. Two warpgroups take turns, each with a tile of its own:
@@ -7,7 +7,7 @@
 //
 // A tile is finished in two steps: the sums and biases are rounded and put into shared memory by straight-line code (an
 // array of registers can only be indexed so), which is kept short, for what it costs is the fetching of instructions; then a
-// loop reads whole 16 bytes of it, does the gating, and writes rows.
+// loop reads whole 16 bytes of it, does the gating or adds the residual, and writes rows.
 #include "linear.h"
 
 #include "../activation/activation.cuh"
@@ -24,7 +24,7 @@ constexpr int kGroup = 8;     // clusters of rows that are walked together with 
 
 struct Product {
   CUtensorMap x, weight;
-  const void *bias;
+  const void *bias, *residual;
   void *y;
   int rows, columns, steps; // of y; of 64 numbers of K
   int tiles_m, tiles_n, tiles, cm, cn;
@@ -137,12 +137,19 @@ template <bool kHalf> __device__ __forceinline__ void stage_tile(const float (&a
     }
 }
 
-// Writes a tile from shared memory, gated or as it is, 16 bytes a thread.
-template <bool kGated, bool kHalf> __device__ __forceinline__ void write_tile(const Product &p, const Tile &tile, uint32_t staging, int thread) {
+template <bool kHalf> __device__ __forceinline__ uint32_t add(uint32_t x, uint32_t y) {
+  const float2 a = unpack<kHalf>(x), b = unpack<kHalf>(y);
+  return pack<kHalf>(a.x + b.x, a.y + b.y);
+}
+
+// Writes a tile from shared memory, gated, with the residual, or as it is, 16 bytes a thread.
+template <bool kGated, bool kHalf, bool kResidual> __device__ __forceinline__ void write_tile(const Product &p, const Tile &tile, uint32_t staging, int thread) {
   constexpr int kParts = (kGated ? kColumns / 2 : kColumns) / 8; // of a row
-  char *y = static_cast<char *>(p.y) + 2 * (static_cast<int64_t>(tile.m) * kRows * p.columns + tile.n * (kParts * 8));
+  const int64_t corner = 2 * (static_cast<int64_t>(tile.m) * kRows * p.columns + tile.n * (kParts * 8));
+  char *y = static_cast<char *>(p.y) + corner;
+  const char *residual = static_cast<const char *>(p.residual) + corner;
   const int rows = p.rows - tile.m * kRows, columns = p.columns - tile.n * (kParts * 8);
-#pragma unroll(kGated ? 1 : 4)
+#pragma unroll(kGated ? 1 : kResidual ? 5 : 4)
   for (int i = 0; i < kRows * kParts / 128; ++i) {
     const int part = i * 128 + thread, row = part / kParts, column = part % kParts * 8;
     const uint32_t from = staging + row * layout::kPitch + column * 2;
@@ -151,7 +158,13 @@ template <bool kGated, bool kHalf> __device__ __forceinline__ void write_tile(co
       const uint4 gates = load_shared(from + kColumns);
       words = make_uint4(gate<kHalf>(words.x, gates.x), gate<kHalf>(words.y, gates.y), gate<kHalf>(words.z, gates.z), gate<kHalf>(words.w, gates.w));
     }
-    if (row < rows && column < columns) *reinterpret_cast<uint4 *>(y + 2 * (static_cast<int64_t>(row) * p.columns + column)) = words;
+    const bool inside = row < rows && column < columns;
+    const int64_t at = 2 * (static_cast<int64_t>(row) * p.columns + column);
+    if constexpr (kResidual) {
+      const uint4 other = inside ? __ldg(reinterpret_cast<const uint4 *>(residual + at)) : make_uint4(0, 0, 0, 0);
+      words = make_uint4(add<kHalf>(words.x, other.x), add<kHalf>(words.y, other.y), add<kHalf>(words.z, other.z), add<kHalf>(words.w, other.w));
+    }
+    if (inside) *reinterpret_cast<uint4 *>(y + at) = words;
   }
 }
 
@@ -230,7 +243,9 @@ template <bool kGated, bool kHalf> __global__ void __launch_bounds__(kThreads, 1
       if (!first) named_barrier(kMayStage + group, 256);
       stage_tile<kHalf>(acc, bias, staging, thread);
       named_barrier(kStaged + group, 128);
-      write_tile<kGated, kHalf>(p, tile, staging, thread);
+      if constexpr (kGated) write_tile<true, kHalf, false>(p, tile, staging, thread);
+      else if (p.residual) write_tile<false, kHalf, true>(p, tile, staging, thread);
+      else write_tile<false, kHalf, false>(p, tile, staging, thread);
       if (!last) named_arrive(kMayStage + 1 - group, 256);
     }
   }
@@ -243,7 +258,7 @@ template <bool kGated, bool kHalf> int run(Product &p, const LcmLinear *c, int m
   const int box[2] = {kDepth, kRows / p.cn}, weight_box[2] = {kDepth, kColumns / 2};
   if (!hopper_gemm::encode(&p.x, kHalf, 2, c->x, sizes, strides, box) || !hopper_gemm::encode(&p.weight, kHalf, 2, c->weight, weight_sizes, strides, weight_box)) return -1;
   const int tile = (kGated ? kColumns / 2 : kColumns) * p.cn;
-  p.bias = c->bias, p.y = c->y, p.rows = c->rows, p.columns = c->columns, p.steps = (c->inner + kDepth - 1) / kDepth;
+  p.bias = c->bias, p.residual = c->residual, p.y = c->y, p.rows = c->rows, p.columns = c->columns, p.steps = (c->inner + kDepth - 1) / kDepth;
   p.tiles_m = (c->rows + kRows * p.cm - 1) / (kRows * p.cm), p.tiles_n = (c->columns + tile - 1) / tile, p.tiles = p.tiles_m * p.tiles_n;
   auto kernel = product<kGated, kHalf>;
   static bool ready[64];
@@ -275,7 +290,7 @@ extern "C" int lcm_linear_hopper(const LcmLinear *c, cudaStream_t stream) {
   using hopper_gemm::aligned;
   if (c->dtype != 1 && c->dtype != 2) return -1;
   if (c->rows < 1 || c->inner < 8 || c->columns < 8 || c->inner % 8 || c->columns % 8) return -1;
-  if (!aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || reinterpret_cast<uintptr_t>(c->bias) & 3) return -1;
+  if (!aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || !aligned(c->residual) || (c->gated && c->residual) || reinterpret_cast<uintptr_t>(c->bias) & 3) return -1;
   const int multiprocessors = hopper_gemm::hopper_multiprocessors();
   if (!multiprocessors) return -1;
   Product p = {};
