@@ -140,39 +140,24 @@ impl TransformerBlock {
     ) -> Result<(Tensor, Option<Tensor>)> {
         let loras = &pass.loras;
         let attended = self.attn1.attend_to_self(normed, inputs.reference.as_ref(), pass)?;
-        let (hidden, normed) = project_add_norm(&self.attn1.to_out, &attended, hidden, &self.norm2, loras)?;
+        let attended = self.attn1.to_out.forward_adapted(&attended, loras)?;
+        let (hidden, normed) = self.norm2.forward_adding(&attended, hidden)?;
 
         let scale = pass.image_tokens.as_ref().map_or(0.0, |tokens| tokens.scale);
         let image = inputs.image.as_ref().map(|image| (image, scale));
         let attended = self.attn2.attend_to_text(&normed, text, image, loras)?;
-        let (hidden, normed) = project_add_norm(&self.attn2.to_out, &attended, &hidden, &self.norm3, loras)?;
+        let attended = self.attn2.to_out.forward_adapted(&attended, loras)?;
+        let (hidden, normed) = self.norm3.forward_adding(&attended, &hidden)?;
 
         let gated = self.proj.forward_geglu(&normed, loras)?;
         match next_norm {
             Some(norm) => {
-                let (hidden, normed) = project_add_norm(&self.out, &gated, &hidden, norm, loras)?;
+                let (hidden, normed) = norm.forward_adding(&self.out.forward_adapted(&gated, loras)?, &hidden)?;
                 Ok((hidden, Some(normed)))
             }
             None => Ok((self.out.forward_adding(&gated, loras, Some(&hidden))?, None)),
         }
     }
-}
-
-/// A projection added to the residual stream, and what a norm makes of the sum.
-fn project_add_norm(
-    projection: &Linear,
-    x: &Tensor,
-    hidden: &Tensor,
-    norm: &LayerNorm,
-    loras: &Loras,
-) -> Result<(Tensor, Tensor)> {
-    // Where gradients will flow, sum and norm are one operation: so are the two gradients of the sum, then.
-    if x.track_op() || hidden.track_op() {
-        return norm.forward_adding(&projection.forward_adapted(x, loras)?, hidden);
-    }
-    let hidden = projection.forward_adding(x, loras, Some(hidden))?;
-    let normed = norm.forward(&hidden)?;
-    Ok((hidden, normed))
 }
 
 /// What [`Transformer::forward`] returns.

@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
       weights[k] = load_pack<V>(weight + (lane + k * 32) * V);
       biases[k] = load_pack<V>(bias + (lane + k * 32) * V);
     }
-  let_next_start();
   if (residual) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
