@@ -79,7 +79,9 @@ fn compare(name: &str, inputs: &[Tensor], function: impl Fn(&[Tensor]) -> Result
 
 #[test]
 fn linear_equals_the_cpu() -> Result<()> {
-    for (rows, inner, out) in [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272)] {
+    for (rows, inner, out) in
+        [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272), (75, 72, 168), (300, 1288, 40), (90, 640, 1000)]
+    {
         let inputs = [random("x", &[2, rows, inner]), random("w", &[out, inner]), random("b", &[out])];
         compare(&format!("linear {rows} {inner} {out}"), &inputs, |t| ops::linear(&t[0], &t[1], Some(&t[2])))?;
     }

@@ -63,6 +63,8 @@ const WORKSPACE: usize = 32 << 20;
 const CANDIDATES: usize = 8;
 /// Products of fewer floating-point operations take the heuristic's first choice untimed.
 const WORTH_TIMING: f64 = 5e8;
+/// The family of kernels that cuBLASLt's products are, to be avoided where there are others.
+const CUBLASLT: &str = "cublaslt";
 /// A row of timed runs does about so many operations, in at most so many runs.
 const TIMED_WORK: f64 = 1e11;
 const MOST_RUNS: f64 = 10.0;
@@ -229,6 +231,9 @@ impl Launch<'_> {
         }
         let mut candidates = self.candidates(description, &layouts, alignment)?;
         if self.suits_hopper() {
+            if super::avoids(CUBLASLT) && may_overwrite(product) && self.run_hopper().is_ok() {
+                return Ok(Plan { description, layouts, algorithm: Algorithm::Hopper });
+            }
             candidates.push(Algorithm::Hopper);
         }
         let mut plan = Plan { description, layouts, algorithm: candidates[0] };
@@ -337,14 +342,14 @@ impl Launch<'_> {
 
     /// Whether the product is that of a linear layer, of a kind that [`HopperLinear`] may take.
     fn suits_hopper(&self) -> bool {
-        let Gemm { left, right, dtype, out_dtype, scale, addend, batch, .. } = self.product;
-        let plain = addend.is_none() && *scale == 1.0 && batch.0 == 1 && dtype == out_dtype;
+        let Gemm { left, right, dtype, out_dtype, scale, batch, .. } = self.product;
+        let plain = *scale == 1.0 && batch.0 == 1 && dtype == out_dtype;
         let rows = !left.transposed && left.stride == left.columns && right.transposed && right.stride == right.rows;
         plain && rows && matches!(dtype, DType::BF16 | DType::F16)
     }
 
     fn run_hopper(&self) -> Result<()> {
-        let Gemm { left, right, dtype, bias, out, .. } = self.product;
+        let Gemm { left, right, dtype, addend, bias, out, .. } = self.product;
         let name = "matrix product";
         let size = |size: usize| {
             i32::try_from(size).map_err(|_| Error::argument(name, "operands", "less than 2^31 rows", size.to_string()))
@@ -353,6 +358,7 @@ impl Launch<'_> {
             x: left.pointer,
             weight: right.pointer,
             bias: bias.unwrap_or(std::ptr::null()),
+            residual: addend.unwrap_or(std::ptr::null()),
             y: *out,
             rows: size(left.rows)?,
             inner: size(left.columns)?,

@@ -121,7 +121,8 @@ pub fn set_deterministic(on: bool) {
 }
 
 /// Whether the environment variable `LCM_LOOKAHEAD_AVOID` names a family of kernels (`hopper-attention`, `hopper-conv`,
-/// `hopper-linear`, separated by commas), for which the portable ones are then used: a way to tell which kernel a fault is in.
+/// `hopper-linear`, `cublaslt`, separated by commas), for which others are then used, where there are any: a way to tell
+/// which kernel a fault is in.
 pub(crate) fn avoids(family: &str) -> bool {
     static AVOIDED: OnceLock<String> = OnceLock::new();
     let avoided = AVOIDED.get_or_init(|| std::env::var("LCM_LOOKAHEAD_AVOID").unwrap_or_default());

@@ -1,4 +1,4 @@
-//! The kernel for linear layers on Hopper (`ops/linear/hopper.cu`).
+//! The kernel for linear layers on Hopper (`ops/linear/hopper.cu`, `hopper_gated.cu`).
 
 use std::ffi::c_void;
 
@@ -16,6 +16,8 @@ pub(crate) struct HopperLinear {
     pub weight: *const c_void,
     /// A number for each row of the weight, or null.
     pub bias: *const c_void,
+    /// `(rows, columns)`, added to the rounded product; or null.
+    pub residual: *const c_void,
     /// `(rows, columns)`.
     pub y: *mut c_void,
     pub rows: i32,

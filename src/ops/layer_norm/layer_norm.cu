@@ -105,7 +105,9 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
 }
 
 // The same for rows of at most 32 K packs: a warp takes a row, starts all its loads before the first is used, and needs no
-// other warp. Grid: blocks of kWarps rows.
+// other warp. It does not let the next
+// kernel start early: that may be one of cuBLAS, some of which are launched to start early but do not wait.
+// Grid: blocks of kWarps rows.
 constexpr int kWarps = 4;
 
 // Makes the compiler forget what it computed of the pack: it would hold the values as f32 too, and spill.
@@ -140,7 +142,6 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
       weights[k] = load_pack<V>(weight + (lane + k * 32) * V);
       biases[k] = load_pack<V>(bias + (lane + k * 32) * V);
     }
-  let_next_start();
   if (residual) {
 #pragma unroll
     for (int k = 0; k < K; ++k)

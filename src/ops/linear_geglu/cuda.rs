@@ -24,6 +24,7 @@ pub(super) fn fused(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resul
         x: pointer(NAME, x)?,
         weight: pointer(NAME, weight)?,
         bias: bias.map_or(Ok(std::ptr::null()), |bias| pointer(NAME, bias).map(|p| p.cast_const()))?,
+        residual: std::ptr::null(),
         y: y.pointer(),
         rows,
         inner,
