@@ -4,7 +4,7 @@
 
 Needs torch, diffusers and transformers (2.11.0, 0.42.1 and 5.23.0 when written). Takes the networks of the crate's
 weights and the inputs that `bench_miniature` wrote, computes in f32 with scaled_dot_product_attention, compares the
-results with those of `bench_miniature`, and prints times: medians and minima of several runs, and the CPU time of a run.
+results with those of `bench_miniature`, and prints times: median and least of several runs, and the CPU time of a run.
 
 unet      diffusers' U-Net, forward.
 training  One joint iteration of the paper: frozen encoders, one pass of the KV encoder, which ends at the last keys and
@@ -35,7 +35,8 @@ def report(what, run, repeats):
         run()
         times.append((time.perf_counter() - start) * 1e3)
     busy = (time.process_time() - before) * 1e3 / repeats
-    print(f"{what}: median {statistics.median(times):.1f} ms, least {min(times):.1f} ms, CPU time {busy:.1f} ms", flush=True)
+    median = statistics.median(times)
+    print(f"{what}: median {median:.1f} ms, least {min(times):.1f} ms, CPU time {busy:.1f} ms", flush=True)
 
 
 def compare(what, found, expected, limit=1e-3):
@@ -48,7 +49,7 @@ def compare(what, found, expected, limit=1e-3):
 
 class Mode:
     """How the pass under way differs from the plain base: which LoRA at which scale, whose keys and values are attended
-    to besides the own ones, the image tokens' keys and values, and where to record the own keys and values; and whether a
+    to besides the own ones, the image tokens' keys and values, where to record the own keys and values, and whether a
     frozen LoRA is added to a layer's weight rather than to its result."""
 
     lora, scale, reference, image, record = None, 1.0, None, None, None
@@ -405,7 +406,8 @@ def training(network, inputs, repeats):
         optimizer.zero_grad(set_to_none=True)
         return diffusion.item(), identity.item(), counted, norm.item()
 
-    for name, found, wanted in zip(("diffusion loss", "identity loss", "faces", "gradient norm"), iteration(), expected):
+    names = ("diffusion loss", "identity loss", "faces", "gradient norm")
+    for name, found, wanted in zip(names, iteration(), expected):
         compare(name, found, wanted)
     names = sorted(parameters)
     change = [torch.cat([(new[n] - inputs[f"parameters.{n}"]).flatten() for n in names]) for new in
