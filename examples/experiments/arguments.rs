@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,6 +17,8 @@ use crate::{ablation, alignment, annealing, guidance, keeping, updates};
 /// small file in the output folder, so a run that was stopped goes on where it was, several programs can share the work
 /// (--part), and the last call only prints the table. Contact sheets lie beside it.
 #[derive(Parser)]
+// A program that is started for a part of the work gets the arguments of the whole, and after them its own.
+#[command(args_override_self = true)]
 #[command(after_help = "\
 Examples:
   cargo run --release --example experiments -- --table 2 --quick
@@ -48,7 +51,7 @@ pub struct Arguments {
     /// Only every N-th measurement, from the I-th on: for N programs that share the work.
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     pub part: Part,
-    /// Measurements that run side by side in this program, each on a thread (and GPU stream) of its own.
+    /// Programs that share this one's part of the work, side by side: a small model leaves most of a GPU idle.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub jobs: usize,
     /// Only draw the pictures that encoders are trained on.
@@ -57,6 +60,9 @@ pub struct Arguments {
     /// Measure nothing, print what is there.
     #[arg(long, conflicts_with = "prepare")]
     pub collect: bool,
+    /// Measure, print no table.
+    #[arg(long, conflicts_with = "collect")]
+    pub no_table: bool,
     /// Folder of everything that is written [default: out/experiments/quick or out/experiments/full]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -203,9 +209,20 @@ pub struct Part {
 }
 
 impl Part {
+    /// The share of one of several programs of this share.
+    pub fn share(self, program: usize, programs: usize) -> Self {
+        Part { index: self.index + program * self.count, count: self.count * programs }
+    }
+
     /// Those of this many places that belong to the share.
     pub fn of(self, places: Range<usize>) -> impl Iterator<Item = usize> {
         places.skip(self.index).step_by(self.count)
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.index + 1, self.count)
     }
 }
 

@@ -82,6 +82,10 @@ pub fn watched(
         lookahead
             .extend(report.losses.lookahead.first().filter(|(.., counted)| *counted > 0).map(|(_, loss, _)| *loss));
         seconds += start.elapsed().as_secs_f64();
+        if (step + 1) % steps.div_ceil(4) == 0 {
+            let rate = (step + 1) as f64 / seconds;
+            println!("{}: iteration {} of {steps}, {rate:.2} a second", unit.name(), step + 1);
+        }
     }
     watch(steps, &trainer)?;
     // Of the second half: the first iterations on a GPU also load its kernels.

@@ -35,6 +35,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     if !arguments.collect {
         work::run(&arguments, &plans)?;
     }
+    if arguments.no_table {
+        return Ok(());
+    }
     plans.iter().try_for_each(|plan| report::print(&arguments, plan))
 }
 
