@@ -97,7 +97,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) to_few(const T
         }
       }
   }
-  lcm::let_next_start();
 #pragma unroll
   for (int row = 0; row < 2; ++row)
 #pragma unroll
@@ -189,7 +188,6 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) from_few(const
       }
     }
   }
-  lcm::let_next_start();
 }
 
 template <class T> int launch_to_few(dim3 grid, const void *x, Weights weights, const void *bias, void *y, const Shape &s, cudaStream_t stream) {
