@@ -12,7 +12,6 @@ use image::imageops::FilterType;
 use image::{DynamicImage, RgbImage};
 use indicatif::ProgressBar;
 use lcm_lookahead::data::{Crop, load_image, resize_and_crop, save_png, to_tensor};
-use lcm_lookahead::formats::EncoderFile;
 use lcm_lookahead::models::unet::FreeU;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::{AdapterInit, ContactSheet, checkpoint};
@@ -82,6 +81,10 @@ struct Arguments {
     /// ... weight of the reference's keys and values alone [default: 2]
     #[arg(long, value_name = "SCALE")]
     guidance_scale_kv: Option<f64>,
+    /// Keep the encoders of text and images out of memory while they have nothing to do: 2.9 GB less with SDXL in half
+    /// precision.
+    #[arg(long)]
+    lean: bool,
     /// Draw without the KV branch, with the adapter alone.
     #[arg(long)]
     no_kv: bool,
@@ -93,12 +96,13 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Some(path) => load_image(path)?,
         None => image::load_from_memory(PORTRAIT)?.into_rgb8(),
     };
-    let (base, AdapterInit { resampler, tensors }) = arguments.model.load()?;
+    let (base, AdapterInit { resampler, tensors }) =
+        if arguments.lean { arguments.model.load_lean()? } else { arguments.model.load()? };
     warn_without_face(&base, &photograph)?;
     let personalizer = match &arguments.checkpoint {
         Some(path) if is_run(path)? => Personalizer::from_checkpoint(base, &resampler, path)?,
         Some(path) if arguments.model.model == Model::Sdxl => {
-            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            let encoder = arguments.model.encoder(path, &base)?;
             Personalizer::from_encoder(base, &encoder)?
         }
         Some(path) => {
@@ -107,7 +111,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         // An adapter may bring a KV branch along.
         None if tensors.keys().any(|name| name.starts_with("kv_encoder.")) => {
             let path = arguments.model.adapter.as_deref().unwrap_or(Path::new(""));
-            let encoder = EncoderFile::open(path, base.unet.config(), None)?;
+            let encoder = arguments.model.encoder(path, &base)?;
             Personalizer::from_encoder(base, &encoder)?
         }
         None => Personalizer::from_adapter(base, &resampler, tensors)?,

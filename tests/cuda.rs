@@ -3,9 +3,12 @@
 //! Needs the feature `cuda` and a GPU; without one every test says that it was skipped.
 #![cfg(feature = "cuda")]
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
 use candle_core::{DType, Device, Tensor, Var};
+use lcm_lookahead::autograd::gradients;
+use lcm_lookahead::nn::{Linear, LoraSet, Loras, Parameters, StackedLinear, Weights};
 use lcm_lookahead::ops::{self, Activation, Addends, Mask};
 use lcm_lookahead::random::Address;
 use lcm_lookahead::{Result, cuda};
@@ -76,9 +79,94 @@ fn compare(name: &str, inputs: &[Tensor], function: impl Fn(&[Tensor]) -> Result
 
 #[test]
 fn linear_equals_the_cpu() -> Result<()> {
-    for (rows, inner, out) in [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272)] {
+    for (rows, inner, out) in
+        [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272), (75, 72, 168), (300, 1288, 40), (90, 640, 1000)]
+    {
         let inputs = [random("x", &[2, rows, inner]), random("w", &[out, inner]), random("b", &[out])];
         compare(&format!("linear {rows} {inner} {out}"), &inputs, |t| ops::linear(&t[0], &t[1], Some(&t[2])))?;
+    }
+    Ok(())
+}
+
+/// Frozen layers of one input with a trainable LoRA of a rank each, which may be 0: their outputs side by side, then the
+/// gradients of `x` and of all factors.
+fn adapted_layers(
+    (dtype, device): (DType, &Device),
+    (tokens, input): (usize, usize),
+    layers: &[(usize, usize)],
+) -> Result<Vec<Tensor>> {
+    let factors = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    // Exact in every dtype compared.
+    let exact = |t: Tensor, dtype: DType| t.to_dtype(DType::BF16)?.to_dtype(dtype)?.to_device(device);
+    let (parameters, mut weights, mut loras) = (Parameters::new(), HashMap::new(), Loras::none());
+    let trainable = Weights::trainable(&parameters, 0, factors, device);
+    for (i, (output, rank)) in layers.iter().enumerate() {
+        weights.insert(format!("{i}.weight"), exact((random("w", &[*output, input]) * 0.1)?, dtype)?);
+        if *rank > 0 {
+            for (name, shape) in [("lora_A", [*rank, input]), ("lora_B", [*output, *rank])] {
+                let value = Address::new(11, "factors").sample(i).normal(&shape[..], DType::F64, &Device::Cpu)?;
+                let variable = Var::from_tensor(&exact((value * 0.3)?, factors)?)?;
+                parameters.insert(format!("{i}.{name}.weight"), variable);
+            }
+            let set = LoraSet::load(&BTreeMap::from([(i.to_string(), vec![*output, input])]), *rank, &trainable)?;
+            loras = loras.with(&set, 0.5 + i as f64);
+        }
+    }
+    let weights = Weights::frozen("test", weights);
+    let layers = layers.iter().enumerate().map(|(i, (output, _))| Linear::load(input, *output, false, &weights.pp(i)));
+    let mut layers = layers.collect::<Result<Vec<_>>>()?;
+    let x = Var::from_tensor(&exact(random("x", &[1, tokens, input]), dtype)?)?;
+    let stacked = StackedLinear::new(&mut layers.iter_mut().collect::<Vec<_>>())?;
+    let mut value = None;
+    let store = gradients(|| {
+        let y = match &stacked {
+            Some(stacked) if layers.len() > 1 => stacked.forward(&x, &loras)?.expect("layers that go together"),
+            _ => {
+                let each = layers.iter().map(|layer| layer.forward_adapted(&x, &loras)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&each, 2)?
+            }
+        };
+        value = Some(y.detach());
+        Ok(Some((&y * exact(random("gradient of the output", y.dims()), dtype)?)?.sum_all()?))
+    })?
+    .expect("there is a loss");
+    let of = |variable: &Tensor| store.get(variable).expect("every variable has a gradient").clone();
+    let factors = parameters.all().into_iter().map(|(_, variable)| of(&variable));
+    Ok(value.into_iter().chain([of(&x)]).chain(factors).collect())
+}
+
+#[test]
+fn layers_with_a_trainable_lora_equal_the_cpu() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    type Case = ((usize, usize), &'static [(usize, usize)]);
+    let cases: [Case; 8] = [
+        ((70, 64), &[(96, 4)]),
+        ((300, 128), &[(64, 4), (64, 4), (64, 4)]),
+        ((33, 72), &[(40, 4), (8, 0), (104, 3)]),
+        ((2100, 40), &[(24, 5), (48, 5), (8, 5)]),
+        ((1, 8), &[(8, 1)]),
+        // What goes by matrix products: larger ranks together, odd widths.
+        ((50, 64), &[(32, 20)]),
+        ((50, 64), &[(32, 9), (32, 8)]),
+        ((50, 35), &[(21, 4), (10, 2)]),
+    ];
+    for (size, layers) in cases {
+        let expected = adapted_layers((DType::F64, &Device::Cpu), size, layers)?;
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
+            let found = adapted_layers((dtype, &device), size, layers)?;
+            let again = adapted_layers((dtype, &device), size, layers)?;
+            assert_eq!(found.len(), expected.len());
+            for (i, ((found, expected), again)) in found.iter().zip(&expected).zip(&again).enumerate() {
+                let error = error(found, expected);
+                println!("LoRA {size:?} {layers:?} {dtype:?} {i}: {error:.2e}");
+                assert!(error < limit, "{size:?} {layers:?} {dtype:?}, tensor {i}: error {error:.2e}");
+                assert_eq!(
+                    self::error(again, found),
+                    0.0,
+                    "{size:?} {layers:?} {dtype:?}, tensor {i} differs between runs"
+                );
+            }
+        }
     }
     Ok(())
 }
@@ -91,6 +179,9 @@ fn convolution_equals_the_cpu() -> Result<()> {
         (16, 64, 128, 3, 2),
         (12, 4, 32, 3, 1),
         (8, 32, 4, 3, 1),
+        (12, 64, 3, 3, 1),
+        (9, 16, 21, 3, 2),
+        (16, 128, 4, 1, 1),
         (8, 64, 32, 1, 1),
         (8, 272, 272, 3, 1),
         (8, 16, 272, 3, 1),
@@ -103,6 +194,89 @@ fn convolution_equals_the_cpu() -> Result<()> {
         compare(&format!("conv2d {size} {input} {output} {kernel} {stride}"), &inputs, |t| {
             ops::conv2d(&t[0], &t[1], Some(&t[2]), stride, kernel / 2)
         })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_between_a_few_channels_and_many_equals_the_cpu() -> Result<()> {
+    for (height, width, input, output, padding) in [
+        (33, 20, 3, 128, 1),
+        (16, 16, 128, 3, 1),
+        (20, 35, 320, 4, 1),
+        (9, 40, 4, 72, 0),
+        (18, 17, 40, 1, 2),
+        (5, 3, 72, 2, 1),
+    ] {
+        let weight = random("w", &[output, 3, 3, input]);
+        let inputs = [random("x", &[2, height, width, input]), weight, random("b", &[output])];
+        compare(&format!("narrow conv2d {height} {width} {input} {output} {padding}"), &inputs, |t| {
+            ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, padding)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_padded_at_the_end_equals_the_cpu() -> Result<()> {
+    for (size, input, output) in [(16, 64, 64), (8, 16, 24), (10, 4, 4)] {
+        let inputs =
+            [random("x", &[2, size, size + 2, input]), random("w", &[output, 3, 3, input]), random("b", &[output])];
+        compare(&format!("conv2d padded at the end {size} {input} {output}"), &inputs, |t| {
+            ops::conv2d_padded(&t[0], &t[1], &Addends::bias(Some(&t[2])), 2, [0, 1])
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn blocks_of_rectified_convolutions_equal_the_cpu_and_single_operations() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (size, channels) in [(40, 64), (9, 24), (6, 12)] {
+        let weight = |factor: f64| random("w", &[channels, 3, 3, channels]).affine(0.1 * factor, 0.0);
+        let (weights, bias) = ([weight(1.0)?, weight(-1.0)?, weight(0.5)?], random("b", &[channels]));
+        let x = random("x", &[2, size, size + 3, channels]);
+        let single = |t: &[Tensor], w: &[Tensor; 3], b: &Tensor| {
+            let relu = |y: &Tensor| ops::activation(y, Activation::Relu);
+            let y = relu(&ops::conv2d(&t[0], &w[0], Some(b), 1, 1)?)?;
+            let y = relu(&ops::conv2d(&y, &w[1], Some(b), 1, 1)?)?;
+            let addends = Addends { bias: Some(b), residual: Some(&t[0]), ..Addends::default() };
+            relu(&ops::conv2d_with(&y, &w[2], &addends, 1, 1)?)
+        };
+        // Where a rectifier bends depends on rounding: in bf16 the reference is what single operations make of the same
+        // numbers on the same GPU; in f32 it is the CPU in f64.
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 1e-2)] {
+            let rounded = |t: &Tensor| t.to_dtype(dtype)?.to_dtype(DType::F64);
+            let here = |t: &Tensor| t.to_dtype(dtype)?.to_device(&device);
+            let (w, b) = ([here(&weights[0])?, here(&weights[1])?, here(&weights[2])?], here(&bias)?);
+            let block = run(&[here(&x)?], &|t| ops::rectified_block(&t[0], [(&w[0], &b), (&w[1], &b), (&w[2], &b)]))?;
+            let expected = match dtype {
+                DType::BF16 => run(&[here(&x)?], &|t| single(t, &w, &b))?,
+                _ => {
+                    let w = [rounded(&weights[0])?, rounded(&weights[1])?, rounded(&weights[2])?];
+                    let b = rounded(&bias)?;
+                    run(&[rounded(&x)?], &|t| single(t, &w, &b))?
+                }
+            };
+            for (what, (found, expected)) in ["value", "gradient"].iter().zip(block.iter().zip(&expected)) {
+                let error = error(found, expected);
+                println!("rectified block {size} {channels} {dtype:?} {what}: {error:.2e}");
+                assert!(
+                    error < limit,
+                    "rectified block {size} {channels} {dtype:?}, {what}: {error:.2e}, limit {limit:.0e}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_of_64_and_128_channels_equals_the_cpu() -> Result<()> {
+    for (size, input, output) in [(64, 64, 64), (40, 128, 128), (37, 64, 120), (33, 72, 56)] {
+        let inputs =
+            [random("x", &[3, size, size, input]), random("w", &[output, 3, 3, input]), random("b", &[output])];
+        compare(&format!("conv2d {size} {input} {output}"), &inputs, |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1))?;
     }
     Ok(())
 }
@@ -237,7 +411,7 @@ fn packed_self_attention_equals_the_cpu() -> Result<()> {
 
 #[test]
 fn residual_and_norm_equal_the_cpu() -> Result<()> {
-    for channels in [20, 640] {
+    for channels in [20, 320, 640, 768, 1280, 1664] {
         let x = [3, 5, channels];
         let inputs = [random("x", &x), random("r", &x), random("w", &[channels]), random("b", &[channels])];
         compare(&format!("add_layer_norm {channels}"), &inputs, |t| {
@@ -264,7 +438,7 @@ fn normalisations_equal_the_cpu() -> Result<()> {
             ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)
         })?;
     }
-    for channels in [20, 64, 640, 1280, 1664] {
+    for channels in [20, 64, 640, 768, 1280, 1664] {
         let x = (random("x", &[3, 5, channels]) - 2.0)?;
         let inputs = [x, random("w", &[channels]), random("b", &[channels])];
         compare(&format!("layer_norm {channels}"), &inputs, |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5))?;
@@ -280,6 +454,40 @@ fn pointwise_operations_equal_the_cpu() -> Result<()> {
         compare(&format!("{kind:?}"), &[random("x", &[5, 37])], |t| ops::activation(&t[0], kind))?;
     }
     Ok(())
+}
+
+#[test]
+fn the_gated_gelu_in_a_linear_layer_equals_the_cpu_and_itself() -> Result<()> {
+    for (rows, inner, out) in
+        [(7, 12, 5), (1, 64, 8), (130, 72, 88), (300, 640, 160), (1000, 200, 168), (257, 128, 1000)]
+    {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[2 * out, inner]), random("b", &[2 * out])];
+        let name = format!("linear_geglu {rows} {inner} {out}");
+        compare(&name, &inputs, |t| ops::linear_geglu(&t[0], &t[1], Some(&t[2])))?;
+        // Where nothing is to be differentiated, another kernel does it.
+        let Some(device) = gpu() else { return Ok(()) };
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 4e-3), (DType::F16, 1e-3)] {
+            let rounded = inputs.each_ref().map(|t| t.to_dtype(dtype).unwrap());
+            let exact = rounded.each_ref().map(|t| t.to_dtype(DType::F64).unwrap());
+            let moved = rounded.each_ref().map(|t| t.to_device(&device).unwrap());
+            for bias in [false, true] {
+                let run = |t: &[Tensor; 3]| ops::linear_geglu(&t[0], &t[1], bias.then_some(&t[2]));
+                let (found, again) = (run(&moved)?, run(&moved)?);
+                let error = error(&found, &run(&exact)?);
+                println!("{name} {dtype:?}: {error:.2e}");
+                assert!(error < limit, "{name} {dtype:?}: error {error:.2e}, limit {limit:.0e}");
+                assert_eq!(self::error(&again, &found), 0.0, "{name} {dtype:?}: differs between runs");
+            }
+        }
+    }
+    compare_large(
+        "linear_geglu 2x1024 1280 5120",
+        &[("x", &[2, 1024, 1280]), ("w", &[10240, 1280]), ("b", &[10240])],
+        |t| {
+            // Of the size that weights have: gates of hundreds would hide errors of small ones.
+            ops::linear_geglu(&t[0], &(&t[1] * 0.03)?, Some(&t[2]))
+        },
+    )
 }
 
 #[test]

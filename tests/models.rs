@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use lcm_lookahead::face::{CropOptions, Landmarks, aligned_crop_with};
 use lcm_lookahead::models::clip_text::{self, ClipText};
 use lcm_lookahead::models::clip_vision::{self, ClipVision};
@@ -60,7 +60,7 @@ impl Case {
 }
 
 #[test]
-fn taesd_encodes_and_decodes_as_diffusers() -> Result<()> {
+fn taesd_encodes_and_decodes_as_diffusers_with_its_gradients() -> Result<()> {
     let config = taesd::Config {
         width: 6,
         num_encoder_blocks: vec![1, 2, 1],
@@ -69,8 +69,13 @@ fn taesd_encodes_and_decodes_as_diffusers() -> Result<()> {
     };
     for case in Case::load("taesd")? {
         let model = Taesd::load(&config, &case.weights()?)?;
-        case.assert_close("encoded", &model.encode(&case.get("images")?)?)?;
-        case.assert_close("decoded", &model.decode(&case.get("latents")?)?)?;
+        let (images, latents) = (Var::from_tensor(&case.get("images")?)?, Var::from_tensor(&case.get("latents")?)?);
+        let (encoded, decoded) = (model.encode(&images)?, model.decode(&latents)?);
+        case.assert_close("encoded", &encoded)?;
+        case.assert_close("decoded", &decoded)?;
+        let gradients = (encoded.sqr()?.sum_all()? + decoded.sqr()?.sum_all()?)?.backward()?;
+        case.assert_close("images_gradient", gradients.get(&images).context("no gradient")?)?;
+        case.assert_close("latents_gradient", gradients.get(&latents).context("no gradient")?)?;
     }
     Ok(())
 }

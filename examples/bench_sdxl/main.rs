@@ -2,8 +2,10 @@
 
 mod attention;
 mod compare;
+mod frozen;
 mod measure;
 mod networks;
+mod opening;
 mod phases;
 mod sampling;
 mod training;
@@ -13,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use frozen::Network;
 use lcm_lookahead::cuda;
 use measure::Report;
 
@@ -31,7 +34,12 @@ struct Arguments {
     /// Compare the U-Net with what reference.py wrote to this folder, and measure nothing else
     #[arg(long, value_name = "FOLDER")]
     compare: Option<PathBuf>,
-    /// Run one forward pass of the U-Net at this batch size between cudaProfilerStart and -Stop, and nothing else
+    /// Write networks to this folder (a RAM disk is best), measure how long opening the U-Net takes and drawing with
+    /// encoders that are opened on demand, and nothing else
+    #[arg(long, value_name = "FOLDER")]
+    open: Option<PathBuf>,
+    /// Run one pass at this batch size between cudaProfilerStart and -Stop, and nothing else: of the U-Net, or of the
+    /// part that is named
     #[arg(long, value_name = "BATCH")]
     profile: Option<usize>,
     /// Batch sizes of the training iterations
@@ -53,6 +61,14 @@ enum Part {
     Sampling,
     /// The parts of a training iteration
     Phases,
+    /// The networks around the U-Net
+    Frozen,
+    /// With --profile: the VAE encoder
+    Encoder,
+    /// With --profile: the preview decoder, forward and backward
+    Preview,
+    /// With --profile: the identity loss, forward and backward
+    Identity,
 }
 
 fn main() -> ExitCode {
@@ -65,8 +81,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return compare::compare(folder, &device);
     }
     let mut report = Report::new(&device)?;
+    if let Some(folder) = &arguments.open {
+        opening::measure(&report, folder)?;
+        return sampling::measure_lean(&report, folder);
+    }
     if let Some(batch) = arguments.profile {
-        return Ok(unet::profile(&report, batch)?);
+        return Ok(match arguments.parts.first() {
+            Some(Part::Encoder) => frozen::profile(&report, Network::Encoder, batch),
+            Some(Part::Preview) => frozen::profile(&report, Network::Preview, batch),
+            Some(Part::Identity) => frozen::profile(&report, Network::Identity, batch),
+            _ => unet::profile(&report, batch),
+        }?);
     }
     let wanted = |part| arguments.parts.is_empty() || arguments.parts.contains(&part);
     if wanted(Part::Attention) {
@@ -81,8 +106,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     if arguments.parts.contains(&Part::Phases) {
         phases::measure(&mut report, &arguments.batch)?;
     }
+    if arguments.parts.contains(&Part::Frozen) {
+        frozen::measure(&report, &arguments.batch)?;
+    }
     if wanted(Part::Sampling) {
-        sampling::measure(&mut report)?;
+        sampling::measure(&report)?;
     }
     Ok(())
 }

@@ -29,9 +29,9 @@ pub fn unet(device: &Device) -> Result<UNet> {
 }
 
 /// Both text encoders on one sequence of token ids: random weights need no words.
-struct RandomText {
-    first: ClipText,
-    second: ClipText,
+pub struct RandomText {
+    pub first: ClipText,
+    pub second: ClipText,
 }
 
 impl TextEncoder for RandomText {
@@ -58,6 +58,34 @@ impl FaceLocator for CentredFace {
     }
 }
 
+/// The frozen networks around the U-Net.
+pub struct Around {
+    pub autoencoder: Arc<AutoencoderKl>,
+    pub preview_decoder: Arc<Taesd>,
+    pub text_encoder: Arc<dyn TextEncoder>,
+    pub image_encoder: Arc<ClipVision>,
+    pub identity_network: Arc<IrResnet>,
+    pub face_locator: Arc<dyn FaceLocator>,
+}
+
+impl Around {
+    /// All of them on the GPU in bf16.
+    pub fn new(device: &Device) -> Result<Self> {
+        let weights = Weights::random(DType::BF16, device);
+        Ok(Around {
+            autoencoder: Arc::new(AutoencoderKl::load(&autoencoder_kl::Config::sdxl(), &weights)?),
+            preview_decoder: Arc::new(Taesd::load(&taesd::Config::taesdxl(), &weights)?),
+            text_encoder: Arc::new(RandomText {
+                first: ClipText::load(&clip_text::Config::clip_l(), &weights)?,
+                second: ClipText::load(&clip_text::Config::open_clip_big_g(), &weights)?,
+            }),
+            image_encoder: Arc::new(ClipVision::load(&clip_vision::Config::vit_h_14(), &weights)?),
+            identity_network: Arc::new(IrResnet::load(&ir_resnet::Config::ir_se_50(), &weights)?),
+            face_locator: Arc::new(CentredFace),
+        })
+    }
+}
+
 /// The frozen networks of the official recipe, all on the GPU in bf16.
 pub fn base(device: &Device) -> Result<Base> {
     let weights = Weights::random(DType::BF16, device);
@@ -67,21 +95,18 @@ pub fn base(device: &Device) -> Result<Base> {
         .filter(|(name, shape)| name.contains("block") && shape.len() > 1)
         .filter_map(|(name, shape)| Some((name.strip_suffix(".weight")?.to_string(), shape)))
         .collect();
-    let autoencoder = Arc::new(AutoencoderKl::load(&autoencoder_kl::Config::sdxl(), &weights)?);
+    let around = Around::new(device)?;
     Ok(Base {
         lcm_lora: LoraSet::load(&layers, LCM_RANK, &weights)?,
         unet,
         schedule: NoiseSchedule::sdxl(),
-        encoder: autoencoder.clone(),
-        decoder: autoencoder,
-        preview_decoder: Arc::new(Taesd::load(&taesd::Config::taesdxl(), &weights)?),
-        text_encoder: Arc::new(RandomText {
-            first: ClipText::load(&clip_text::Config::clip_l(), &weights)?,
-            second: ClipText::load(&clip_text::Config::open_clip_big_g(), &weights)?,
-        }),
-        image_encoder: Arc::new(ClipVision::load(&clip_vision::Config::vit_h_14(), &weights)?),
-        identity_network: Arc::new(IrResnet::load(&ir_resnet::Config::ir_se_50(), &weights)?),
-        face_locator: Arc::new(CentredFace),
+        encoder: around.autoencoder.clone(),
+        decoder: around.autoencoder,
+        preview_decoder: around.preview_decoder,
+        text_encoder: around.text_encoder,
+        image_encoder: around.image_encoder,
+        identity_network: around.identity_network,
+        face_locator: around.face_locator,
         resolution: RESOLUTION,
         dtype: DType::BF16,
         device: device.clone(),

@@ -1,7 +1,7 @@
 //! The parts of a training iteration, each by itself.
 
 use candle_core::{DType, Tensor, Var};
-use lcm_lookahead::autograd::with_large_stack;
+use lcm_lookahead::autograd::{Backward, Forward, Function, Output, apply, gradients, with_large_stack};
 use lcm_lookahead::lookahead::{ImageLoss, PreviewForm, preview};
 use lcm_lookahead::nn::Parameters;
 use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, ParameterGroup};
@@ -27,20 +27,31 @@ struct Parts<'a> {
     batch: usize,
 }
 
-/// Gradient of a sum of tensors: as good as any other, and costs next to nothing.
-fn differentiate<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<()> {
-    let mut total: Option<Tensor> = None;
-    for tensor in tensors {
-        let sum = tensor.to_dtype(DType::F32)?.sum_all()?;
-        total = Some(match total {
-            None => sum,
-            Some(total) => (total + sum)?,
-        });
+/// Half the sum of squares of tensors, as far as its gradient goes: that is the tensors themselves, and costs nothing.
+struct HalfSquares;
+
+impl Function for HalfSquares {
+    fn name(&self) -> &'static str {
+        "half the sum of squares"
     }
-    if let Some(total) = total {
-        total.backward()?;
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        let zero = Tensor::zeros((), inputs[0].dtype(), inputs[0].device())?;
+        Ok(Output::Tensor(zero).into())
     }
-    Ok(())
+
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        Ok(context.inputs.iter().cloned().map(Some).collect())
+    }
+}
+
+fn differentiate(tensors: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<()> {
+    let loss = || Ok(Some(apply(HalfSquares, &tensors()?.iter().collect::<Vec<_>>())?));
+    gradients(loss).map(|_| ())
+}
+
+fn all(key_values: &KeyValues) -> Vec<Tensor> {
+    key_values.iter().flat_map(|(_, (key, value))| [key.clone(), value.clone()]).collect()
 }
 
 impl Parts<'_> {
@@ -55,14 +66,14 @@ impl Parts<'_> {
         let encode = || kv_encoder.encode(&base.unet, &latents, &timesteps, &conditioning, true);
         report.line(&name("KV encoder, forward"), work, 3, || encode().map(|_| ()))?;
         report.line(&name("KV encoder, forward and backward"), 3.0 * work, 3, || {
-            differentiate(encode()?.iter().flat_map(|(_, (key, value))| [key, value]))
+            differentiate(|| encode().map(|key_values| all(&key_values)))
         })?;
 
         let features = Tensor::randn(0f32, 1.0, (batch, 257, 1280), &report.device)?.to_dtype(DType::BF16)?;
         let tokens = self.encoder.tokens(&features, &features.narrow(0, 0, 1)?)?;
         let image_tokens = || self.encoder.image_tokens(&tokens.conditional.detach(), 1.0);
         report.line(&name("image tokens, forward and backward"), 0.0, 3, || {
-            differentiate(image_tokens()?.key_values.iter().flat_map(|(_, (key, value))| [key, value]))
+            differentiate(|| image_tokens().map(|tokens| all(&tokens.key_values)))
         })?;
 
         let variables =
@@ -85,9 +96,12 @@ impl Parts<'_> {
         let pictures = Tensor::rand(-1f32, 1.0, (batch, 3, RESOLUTION, RESOLUTION), &report.device)?;
         let pictures = pictures.to_dtype(DType::BF16)?;
         report.line(&name("decoder and identity loss, forward and backward"), 0.0, 3, || {
-            let clean = preview(&base.schedule, &latents, prediction.as_tensor(), &timesteps, PreviewForm::Equation3)?;
-            let loss = base.identity_loss().loss(&base.preview_decoder.decode(&clean)?, &pictures)?;
-            differentiate([&loss.loss])
+            differentiate(|| {
+                let form = PreviewForm::Equation3;
+                let clean = preview(&base.schedule, &latents, prediction.as_tensor(), &timesteps, form)?;
+                let loss = base.identity_loss().loss(&base.preview_decoder.decode(&clean)?, &pictures)?;
+                Ok(vec![loss.loss])
+            })
         })?;
         Ok(())
     }
@@ -102,7 +116,7 @@ impl Parts<'_> {
     ) -> Result<()> {
         let what = format!("{what}, extended, forward and backward B{}", self.batch);
         self.report.line(&what, 3.0 * FORWARD * self.batch as f64, 3, || {
-            differentiate([&self.base.unet.forward(latents, timesteps, conditioning, pass)?])
+            differentiate(|| Ok(vec![self.base.unet.forward(latents, timesteps, conditioning, pass)?]))
         })?;
         Ok(())
     }

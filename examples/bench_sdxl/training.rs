@@ -1,7 +1,7 @@
 //! Training iterations of the official recipe.
 
 use candle_core::{DType, Tensor};
-use lcm_lookahead::autograd::with_large_stack;
+use lcm_lookahead::autograd::{self, with_large_stack};
 use lcm_lookahead::data::Batch;
 use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, LossReport, ParameterGroup, Prepared, StepLosses};
 use lcm_lookahead::{AnnealedTimestepSampler, FaceEncoder, ImageLoss, Result, TrainConfig, cuda};
@@ -43,8 +43,9 @@ pub fn measure(report: &mut Report, batches: &[usize], keep_attention: bool) -> 
         let prepared = losses.prepare(&pictures, 0)?;
         report.line(&format!("frozen encoders B{batch}"), 0.0, 3, || losses.prepare(&pictures, 0).map(|_| ()))?;
         let mut step = |loss: &mut dyn FnMut() -> Result<Option<Tensor>>| -> Result<()> {
-            if let Some(loss) = loss()? {
-                let gradients = Gradients::extract(&loss.backward()?, &parameters);
+            if let Some(store) = autograd::gradients(loss)? {
+                let gradients = Gradients::extract(&store, &parameters);
+                drop(store);
                 optimizer.clip_and_step(gradients, 1.0, 1.0)?;
             }
             Ok(())

@@ -3,7 +3,7 @@
 
 mod compute;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -11,6 +11,7 @@ use candle_core::{DType, Device};
 use clap::{Parser, ValueEnum};
 pub use compute::Compute;
 use lcm_lookahead::Base;
+use lcm_lookahead::formats::EncoderFile;
 use lcm_lookahead::hub::Hub;
 use lcm_lookahead::mini;
 use lcm_lookahead::sdxl::{SdxlChoice, SdxlFiles};
@@ -66,8 +67,9 @@ pub struct ModelArguments {
     /// A pipeline of one's own, as diffusers saves it: U-Net, scheduler, text encoders and tokenizers.
     #[arg(long, value_name = "DIR", help_heading = SDXL)]
     pub pipeline: Option<PathBuf>,
-    /// A fine-tuned U-Net alone: folder with config.json and weights.
-    #[arg(long, value_name = "DIR", help_heading = SDXL)]
+    /// A fine-tuned U-Net alone: folder with config.json and weights, or sdxl-turbo, which is downloaded (5 GB) where it
+    /// is not on this machine.
+    #[arg(long, value_name = "DIR|sdxl-turbo", help_heading = SDXL)]
     pub unet: Option<PathBuf>,
     /// Identity network: IR-SE50 (.pth), InsightFace's iresnet (.pth), CurricularFace (.pth), SFace (.onnx); any of them
     /// as safetensors [default: SFace from the hub]
@@ -84,13 +86,28 @@ pub struct ModelArguments {
 
 const SDXL: &str = "Files of SDXL";
 
+/// [`Base::sdxl`] or [`Base::sdxl_lean`].
+type Assemble = fn(&SdxlFiles, DType, &Device) -> lcm_lookahead::Result<Base>;
+
 impl ModelArguments {
     /// The frozen networks, and the pretrained adapter that belongs to them.
     pub fn load(&self) -> anyhow::Result<(Base, AdapterInit)> {
+        self.load_for(Base::sdxl)
+    }
+
+    /// The same with encoders that are opened when they are used: for drawing, where memory is short.
+    pub fn load_lean(&self) -> anyhow::Result<(Base, AdapterInit)> {
+        if self.model != Model::Sdxl {
+            bail!("--lean is for --model sdxl");
+        }
+        self.load_for(Base::sdxl_lean)
+    }
+
+    fn load_for(&self, assemble: Assemble) -> anyhow::Result<(Base, AdapterInit)> {
         let device = self.compute.open()?;
         let dtype = self.compute.dtype(if self.model == Model::Sdxl { DType::BF16 } else { DType::F32 })?;
         if self.model == Model::Sdxl {
-            return self.load_sdxl(dtype, &device);
+            return self.load_sdxl(dtype, &device, assemble);
         }
         let given = [
             ("--weights", self.weights.is_some()),
@@ -111,7 +128,23 @@ impl ModelArguments {
         Ok((base, AdapterInit { resampler, tensors: mini::adapter_tensors()? }))
     }
 
-    fn load_sdxl(&self, dtype: DType, device: &Device) -> anyhow::Result<(Base, AdapterInit)> {
+    /// A face encoder for this base, in any form. The paper's authors' checkpoint is compared with SDXL's own U-Net, where
+    /// that is what it is used with.
+    pub fn encoder(&self, path: &Path, base: &Base) -> anyhow::Result<EncoderFile> {
+        Ok(match self.model {
+            Model::Sdxl => self.files()?.encoder(path, base.unet.config())?,
+            Model::Mini => EncoderFile::open(path, base.unet.config(), None)?,
+        })
+    }
+
+    fn load_sdxl(&self, dtype: DType, device: &Device, assemble: Assemble) -> anyhow::Result<(Base, AdapterInit)> {
+        let files = self.files()?;
+        let base = assemble(&files, dtype, device)?;
+        let adapter = files.adapter(base.unet.config())?;
+        Ok((base, adapter))
+    }
+
+    fn files(&self) -> anyhow::Result<SdxlFiles> {
         let choice = SdxlChoice {
             pipeline: self.pipeline.clone(),
             unet: self.unet.clone(),
@@ -124,9 +157,6 @@ impl ModelArguments {
             bail!("--weights {}: no such folder", folder.display());
         }
         let hub = Hub::from_env()?.with_weights_folder(self.weights.clone());
-        let files = SdxlFiles::find(&hub, &choice)?;
-        let base = Base::sdxl(&files, dtype, device)?;
-        let adapter = files.adapter(base.unet.config())?;
-        Ok((base, adapter))
+        Ok(SdxlFiles::find(&hub, &choice)?)
     }
 }

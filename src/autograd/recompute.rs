@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{Tensor, Var};
 
 use super::function::{Backward, Forward, Function, Output, Value, apply_many};
+use super::leaves;
 use super::tape::{self, Discovery, Kept, Mode};
 use crate::{Error, Result};
 
@@ -215,7 +216,7 @@ where
             None => {
                 counts.on_graph += 1;
                 RECOMPUTATIONS.set(counts);
-                self.on_graph(context.gradients)
+                leaves::suspended(|| self.on_graph(context.gradients))
             }
         }
     }

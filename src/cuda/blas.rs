@@ -1,4 +1,5 @@
-//! Matrix products through cuBLASLt: plans are made, and for large products timed, once a shape, then cached.
+//! Matrix products through cuBLASLt, or the kernel of our own where it is faster: plans are made, and for large products
+//! timed, once a shape, then cached.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,7 +12,7 @@ use candle_core::cuda_backend::cudarc::driver::result as driver;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use candle_core::{CudaDevice, DType, Tensor};
 
-use super::{Buffer, cuda_device, pointer};
+use super::{Buffer, HopperLinear, cuda_device, dtype_code, pointer};
 use crate::{Error, Result};
 
 /// A matrix on the GPU as a product reads it: `rows` by `columns` numbers, and how they are stored.
@@ -62,6 +63,11 @@ const WORKSPACE: usize = 32 << 20;
 const CANDIDATES: usize = 8;
 /// Products of fewer floating-point operations take the heuristic's first choice untimed.
 const WORTH_TIMING: f64 = 5e8;
+/// The family of kernels that cuBLASLt's products are, to be avoided where there are others.
+const CUBLASLT: &str = "cublaslt";
+/// A row of timed runs does about so many operations, in at most so many runs.
+const TIMED_WORK: f64 = 1e11;
+const MOST_RUNS: f64 = 10.0;
 
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
@@ -80,7 +86,15 @@ struct Key {
 struct Plan {
     description: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    algorithm: Algorithm,
+}
+
+/// What does a product.
+#[derive(Clone, Copy)]
+enum Algorithm {
+    CublasLt(sys::cublasLtMatmulAlgo_t),
+    /// [`HopperLinear`].
+    Hopper,
 }
 
 struct Handle {
@@ -215,7 +229,13 @@ impl Launch<'_> {
                 }
             }
         }
-        let candidates = self.candidates(description, &layouts, alignment)?;
+        let mut candidates = self.candidates(description, &layouts, alignment)?;
+        if self.suits_hopper() {
+            if super::avoids(CUBLASLT) && may_overwrite(product) && self.run_hopper().is_ok() {
+                return Ok(Plan { description, layouts, algorithm: Algorithm::Hopper });
+            }
+            candidates.push(Algorithm::Hopper);
+        }
         let mut plan = Plan { description, layouts, algorithm: candidates[0] };
         let work = 2.0 * product.left.rows as f64 * n as f64 * product.left.columns as f64 * count as f64;
         if work >= WORTH_TIMING
@@ -234,7 +254,7 @@ impl Launch<'_> {
         description: sys::cublasLtMatmulDesc_t,
         layouts: &[sys::cublasLtMatrixLayout_t; 3],
         alignment: u32,
-    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    ) -> Result<Vec<Algorithm>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = result::create_matmul_pref().map_err(failed)?;
         let aligned = [
@@ -274,7 +294,7 @@ impl Launch<'_> {
             result::destroy_matmul_pref(preference).map_err(failed)?;
             found[..count.clamp(0, CANDIDATES as i32) as usize]
                 .iter()
-                .map(|result| result.assume_init().algo)
+                .map(|result| Algorithm::CublasLt(result.assume_init().algo))
                 .collect::<Vec<_>>()
         };
         if algorithms.is_empty() {
@@ -289,12 +309,16 @@ impl Launch<'_> {
         !matches!(self.device.cuda_stream().capture_status(), Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
     }
 
-    /// Times the candidates on the very operands: the best of three runs each, after one to warm up.
-    fn fastest(&self, plan: &Plan, candidates: &[sys::cublasLtMatmulAlgo_t]) -> Result<sys::cublasLtMatmulAlgo_t> {
+    /// Times the candidates on the very operands: the best of three rows of runs each, after one to warm up. A row is
+    /// long enough that the host's launches, which are slower than a small product, do not count.
+    fn fastest(&self, plan: &Plan, candidates: &[Algorithm]) -> Result<Algorithm> {
         let stream = self.device.cuda_stream();
         let error = |error| Error::device("matrix product", format!("timing: {error}"));
         let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(error);
         let (start, end) = (event()?, event()?);
+        let Gemm { left, right, batch, .. } = self.product;
+        let work = 2.0 * (left.rows * left.columns) as f64 * (right.columns * batch.0.max(1)) as f64;
+        let runs = (TIMED_WORK / work).clamp(1.0, MOST_RUNS) as usize;
         let mut best = (f32::INFINITY, candidates[0]);
         for algorithm in candidates {
             // A candidate that fails is no candidate.
@@ -303,7 +327,9 @@ impl Launch<'_> {
             }
             for _ in 0..3 {
                 start.record(&stream).map_err(error)?;
-                self.run(plan, algorithm)?;
+                for _ in 0..runs {
+                    self.run(plan, algorithm)?;
+                }
                 end.record(&stream).map_err(error)?;
                 let time = start.elapsed_ms(&end).map_err(error)?;
                 if time < best.0 {
@@ -314,7 +340,43 @@ impl Launch<'_> {
         Ok(best.1)
     }
 
-    fn run(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<()> {
+    /// Whether the product is that of a linear layer, of a kind that [`HopperLinear`] may take.
+    fn suits_hopper(&self) -> bool {
+        let Gemm { left, right, dtype, out_dtype, scale, batch, .. } = self.product;
+        let plain = *scale == 1.0 && batch.0 == 1 && dtype == out_dtype;
+        let rows = !left.transposed && left.stride == left.columns && right.transposed && right.stride == right.rows;
+        plain && rows && matches!(dtype, DType::BF16 | DType::F16)
+    }
+
+    fn run_hopper(&self) -> Result<()> {
+        let Gemm { left, right, dtype, addend, bias, out, .. } = self.product;
+        let name = "matrix product";
+        let size = |size: usize| {
+            i32::try_from(size).map_err(|_| Error::argument(name, "operands", "less than 2^31 rows", size.to_string()))
+        };
+        let arguments = HopperLinear {
+            x: left.pointer,
+            weight: right.pointer,
+            bias: bias.unwrap_or(std::ptr::null()),
+            residual: addend.unwrap_or(std::ptr::null()),
+            y: *out,
+            rows: size(left.rows)?,
+            inner: size(left.columns)?,
+            columns: size(right.columns)?,
+            dtype: dtype_code(name, *dtype)?,
+            gated: 0,
+        };
+        match arguments.launch(name, self.device)? {
+            true => Ok(()),
+            false => Err(Error::device(name, "no kernel of our own takes this product")),
+        }
+    }
+
+    fn run(&self, plan: &Plan, algorithm: &Algorithm) -> Result<()> {
+        let algorithm = match algorithm {
+            Algorithm::CublasLt(algorithm) => algorithm,
+            Algorithm::Hopper => return self.run_hopper(),
+        };
         let product = self.product;
         let (alpha, beta) = (product.scale, if product.addend.is_some() { 1f32 } else { 0.0 });
         // SAFETY: the plan was made for these shapes, strides and dtypes, and the operations hand in pointers to

@@ -15,6 +15,10 @@ use crate::{Error, Result};
 /// [`Error::Device`], in one sentence, where there is no driver, no such GPU, or one older than compute capability 8.0.
 pub fn open(ordinal: usize) -> Result<Device> {
     let wrong = |reason: String| Error::device("opening a GPU", reason);
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    if !super::driver::is_there() {
+        return Err(wrong("this machine has no NVIDIA driver (libcuda.so.1); use the CPU, or install one".into()));
+    }
     let count = result::init()
         .and_then(|()| result::device::get_count())
         .map_err(|error| wrong(format!("no usable NVIDIA driver ({error}); use the CPU, or install one")))?;
@@ -117,7 +121,8 @@ pub fn set_deterministic(on: bool) {
 }
 
 /// Whether the environment variable `LCM_LOOKAHEAD_AVOID` names a family of kernels (`hopper-attention`, `hopper-conv`,
-/// separated by commas), for which the portable ones are then used: a way to tell which kernel a fault is in.
+/// `hopper-linear`, `cublaslt`, separated by commas), for which others are then used, where there are any: a way to tell
+/// which kernel a fault is in.
 pub(crate) fn avoids(family: &str) -> bool {
     static AVOIDED: OnceLock<String> = OnceLock::new();
     let avoided = AVOIDED.get_or_init(|| std::env::var("LCM_LOOKAHEAD_AVOID").unwrap_or_default());

@@ -7,7 +7,10 @@
 
 mod blas;
 mod device;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod driver;
 mod graph;
+mod hopper_linear;
 mod memory;
 mod reduce;
 mod upload;
@@ -16,9 +19,10 @@ pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm, stack_low_rank};
 pub(crate) use device::avoids;
 pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize};
 pub use graph::Graph;
+pub(crate) use hopper_linear::HopperLinear;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
-pub(crate) use upload::upload_bytes;
+pub(crate) use upload::{Bytes, Upload, upload_all};
 
 use crate::{Error, Result};
 

@@ -1,8 +1,10 @@
-//! Copying large tensors from memory (a mapped file, as a rule) to the GPU.
+//! Copying large tensors from files or memory to the GPU.
 //!
-//! A plain copy from pageable memory goes through one small buffer of the driver's, by one thread. Here pieces are
-//! copied into pinned buffers by all threads at once, and each piece goes to the GPU while the others are being copied.
+//! A plain copy from pageable memory goes through one small buffer of the driver's, by one thread. Here all threads at
+//! once bring pieces of many tensors to pinned buffers, and each piece goes to the GPU while the others are on their
+//! way. Files are read into the buffers, not mapped: what is mapped comes a page fault for every few pages.
 
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
@@ -15,9 +17,54 @@ use super::Buffer;
 use crate::{Error, Result};
 
 /// Bytes of a pinned buffer.
-const PIECE: usize = 4 << 20;
-/// Smaller tensors are not worth cutting up.
-const WORTH_CUTTING: usize = 1 << 20;
+const PIECE: usize = 2 << 20;
+
+/// A tensor to be made on the GPU.
+pub(crate) struct Upload<'a> {
+    pub dtype: DType,
+    pub shape: &'a [usize],
+    /// Its numbers, in the machine's order.
+    pub bytes: Bytes<'a>,
+}
+
+/// Where bytes come from.
+#[derive(Clone, Copy)]
+pub(crate) enum Bytes<'a> {
+    #[cfg(not(unix))]
+    Memory(&'a [u8]),
+    /// So many bytes of a file from a place on.
+    #[cfg(unix)]
+    File { file: &'a std::fs::File, start: usize, length: usize },
+}
+
+impl Bytes<'_> {
+    pub fn len(&self) -> usize {
+        match self {
+            #[cfg(not(unix))]
+            Bytes::Memory(bytes) => bytes.len(),
+            #[cfg(unix)]
+            Bytes::File { length, .. } => *length,
+        }
+    }
+
+    /// Copies some of them, which exist, to memory.
+    fn copy(&self, from: usize, to: &mut [u8]) -> Result<()> {
+        match self {
+            #[cfg(not(unix))]
+            Bytes::Memory(bytes) => to.copy_from_slice(&bytes[from..from + to.len()]),
+            #[cfg(unix)]
+            Bytes::File { file, start, .. } => {
+                let read = std::os::unix::fs::FileExt::read_exact_at(*file, to, (start + from) as u64);
+                read.map_err(|error| Error::device("copying a file to the GPU", error.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn failed(error: DriverError) -> Error {
+    Error::device("copying to the GPU", error.to_string())
+}
 
 /// A pinned buffer, and the event after which it is free again.
 struct Pinned {
@@ -28,13 +75,25 @@ struct Pinned {
 // SAFETY: a pinned buffer is plain memory, used by whoever took it out of the pool; events belong to no thread.
 unsafe impl Send for Pinned {}
 
-/// Buffers that are not in use by any thread. They are few (one a thread at most) and kept for the next file.
-static POOL: Mutex<Vec<Pinned>> = Mutex::new(Vec::new());
+/// The pinned buffers that no thread is filling, those that were sent first in front, and how many there are in all. They
+/// are kept for the next file.
+static POOL: Mutex<(VecDeque<Pinned>, usize)> = Mutex::new((VecDeque::new(), 0));
 
 impl Pinned {
+    /// A buffer, as a rule one that is free: two a thread are made before one is waited for.
     fn take() -> Result<Self, DriverError> {
-        if let Some(pinned) = POOL.lock().unwrap_or_else(PoisonError::into_inner).pop() {
-            return Ok(pinned);
+        {
+            let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+            let (waiting, made) = &mut *pool;
+            if let Some(first) = waiting.pop_front() {
+                // SAFETY: the event lives as long as its buffer.
+                let free = unsafe { sys::cuEventQuery(first.event) } == sys::CUresult::CUDA_SUCCESS;
+                if free || *made >= 2 * rayon::current_num_threads() {
+                    return Ok(first);
+                }
+                waiting.push_front(first);
+            }
+            *made += 1;
         }
         // SAFETY: the context is bound to the calling thread.
         let memory = unsafe { result::malloc_host(PIECE, 0) }?;
@@ -43,44 +102,52 @@ impl Pinned {
     }
 
     fn give_back(self) {
-        POOL.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+        POOL.lock().unwrap_or_else(PoisonError::into_inner).0.push_back(self);
     }
 
     /// Copies a piece to an address on the GPU, by way of the buffer.
-    fn copy(&self, bytes: &[u8], to: u64, stream: sys::CUstream) -> Result<(), DriverError> {
-        // SAFETY: the buffer has room for a piece, and what was last copied out of it has arrived when the event has;
-        // `to` points to as many bytes on the GPU, written in the order of the stream.
+    fn send(&self, bytes: &Bytes<'_>, from: usize, length: usize, to: u64, stream: sys::CUstream) -> Result<()> {
+        // SAFETY: the buffer has room for a piece, and what was last copied out of it has arrived when the event has.
+        let buffer = unsafe {
+            sys::cuEventSynchronize(self.event).result().map_err(failed)?;
+            std::slice::from_raw_parts_mut(self.memory.cast::<u8>(), length)
+        };
+        bytes.copy(from, buffer)?;
+        // SAFETY: `to` points to as many bytes on the GPU, written in the order of the stream.
         unsafe {
-            sys::cuEventSynchronize(self.event).result()?;
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.cast(), bytes.len());
-            sys::cuMemcpyHtoDAsync_v2(to, self.memory, bytes.len(), stream).result()?;
-            result::event::record(self.event, stream)
+            sys::cuMemcpyHtoDAsync_v2(to, self.memory, length, stream).result().map_err(failed)?;
+            result::event::record(self.event, stream).map_err(failed)
         }
     }
 }
 
-/// A tensor on the GPU from its bytes, in the machine's order.
-pub(crate) fn upload_bytes(device: &CudaDevice, bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
-    let expected = shape.iter().product::<usize>() * dtype.size_in_bytes();
-    if bytes.len() != expected {
-        let found = format!("{} bytes", bytes.len());
-        return Err(Error::argument("upload", "bytes", format!("{expected} bytes"), found));
+/// Makes tensors on a GPU.
+pub(crate) fn upload_all(device: &CudaDevice, uploads: &[Upload<'_>]) -> Result<Vec<Tensor>> {
+    let (mut buffers, mut pieces) = (Vec::with_capacity(uploads.len()), Vec::new());
+    for upload in uploads {
+        let (length, expected) =
+            (upload.bytes.len(), upload.shape.iter().product::<usize>() * upload.dtype.size_in_bytes());
+        if length != expected {
+            let found = format!("{length} bytes");
+            return Err(Error::argument("upload", "bytes", format!("{expected} bytes"), found));
+        }
+        let buffer = Buffer::new(device, upload.shape, upload.dtype)?;
+        let to = buffer.pointer() as u64;
+        pieces.extend((0..length).step_by(PIECE).map(|from| (upload.bytes, from, PIECE.min(length - from), to)));
+        buffers.push(buffer);
     }
-    let failed = |error: DriverError| Error::device("copying to the GPU", error.to_string());
-    let buffer = Buffer::new(device, shape, dtype)?;
-    let (stream, start) = (device.cuda_stream(), buffer.pointer() as u64);
+    let stream = device.cuda_stream();
     let raw = stream.cu_stream() as usize;
-    let copy = |index: usize, piece: &[u8]| -> Result<(), DriverError> {
-        stream.context().bind_to_thread()?;
-        let pinned = Pinned::take()?;
-        let copied = pinned.copy(piece, start + (index * PIECE) as u64, raw as sys::CUstream);
+    let send = |&(bytes, from, length, to): &(Bytes<'_>, usize, usize, u64)| -> Result<()> {
+        stream.context().bind_to_thread().map_err(failed)?;
+        let pinned = Pinned::take().map_err(failed)?;
+        let sent = pinned.send(&bytes, from, length, to + from as u64, raw as sys::CUstream);
         pinned.give_back();
-        copied
+        sent
     };
-    match bytes.len() {
-        ..WORTH_CUTTING => bytes.chunks(PIECE).enumerate().try_for_each(|(i, piece)| copy(i, piece)),
-        _ => bytes.par_chunks(PIECE).enumerate().try_for_each(|(i, piece)| copy(i, piece)),
+    match &pieces[..] {
+        [piece] => send(piece)?,
+        pieces => pieces.par_iter().with_max_len(1).try_for_each(send)?,
     }
-    .map_err(failed)?;
-    Ok(buffer.into_tensor())
+    Ok(buffers.into_iter().map(Buffer::into_tensor).collect())
 }

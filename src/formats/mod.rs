@@ -24,6 +24,8 @@ pub mod lora;
 pub mod official;
 mod onnx;
 pub mod pytorch;
+#[cfg(feature = "cuda")]
+pub(crate) mod read_ahead;
 mod safetensors;
 mod tensor_file;
 

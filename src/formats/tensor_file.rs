@@ -42,6 +42,8 @@ pub(super) struct Contents {
 struct Part {
     path: PathBuf,
     map: Mmap,
+    #[cfg(all(feature = "cuda", unix))]
+    file: File,
 }
 
 impl Part {
@@ -57,7 +59,12 @@ impl Part {
         // SAFETY: the map is only read. The file must not be changed while it is open, as every program that maps
         // checkpoints assumes; this crate itself replaces files by renaming and never writes into them.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map into memory", path))?;
-        Ok(Part { path: path.to_path_buf(), map })
+        Ok(Part {
+            path: path.to_path_buf(),
+            map,
+            #[cfg(all(feature = "cuda", unix))]
+            file,
+        })
     }
 
     fn contents(&self) -> Result<Contents> {
@@ -241,6 +248,12 @@ impl TensorFile {
         let Some((part, entry)) = self.inner.entries.get(name) else {
             return Err(self.fault(name, "a tensor", "nothing"));
         };
+        #[cfg(feature = "cuda")]
+        if let (Device::Cuda(device), Some(upload)) = (device, self.upload(name))
+            && let Some(tensor) = crate::cuda::upload_all(device, &[upload])?.pop()
+        {
+            return Ok(tensor);
+        }
         let (part, info) = (&self.inner.parts[*part], &entry.info);
         let unsupported = || self.fault(name, "a supported type", info.dtype.name());
         let length = info.bytes().ok_or_else(|| self.fault(name, "a possible size", format!("{:?}", info.shape)))?;
@@ -263,15 +276,6 @@ impl TensorFile {
             }
             dtype => {
                 let dtype = dtype.candle().ok_or_else(unsupported)?;
-                #[cfg(feature = "cuda")]
-                if let (
-                    Device::Cuda(device),
-                    1..,
-                    candle_core::DType::F32 | candle_core::DType::BF16 | candle_core::DType::F16,
-                ) = (device, length, dtype)
-                {
-                    return crate::cuda::upload_bytes(device, bytes, dtype, &info.shape);
-                }
                 match length {
                     0 => Tensor::zeros(info.shape.as_slice(), dtype, device)?,
                     _ => Tensor::from_raw_buffer(bytes, dtype, &info.shape, device)?,
@@ -282,6 +286,36 @@ impl TensorFile {
             part.forget(start, length);
         }
         Ok(tensor)
+    }
+
+    /// The names of the tensors that [`TensorFile::upload`] takes, as they come in the file.
+    #[cfg(feature = "cuda")]
+    pub(super) fn in_file_order(&self) -> Vec<String> {
+        let mut places: Vec<(usize, usize, &String)> = Vec::with_capacity(self.len());
+        for (name, (part, entry)) in &self.inner.entries {
+            if let (Place::At(start), true) = (&entry.place, self.upload(name).is_some()) {
+                places.push((*part, *start, name));
+            }
+        }
+        places.sort();
+        places.into_iter().map(|(_, _, name)| name.clone()).collect()
+    }
+
+    /// A floating-point tensor whose numbers lie one after the other in the file, for the GPU; `None` for others.
+    #[cfg(feature = "cuda")]
+    pub(super) fn upload(&self, name: &str) -> Option<crate::cuda::Upload<'_>> {
+        use candle_core::DType;
+        let (part, entry) = self.inner.entries.get(name)?;
+        let (part, info) = (&self.inner.parts[*part], &entry.info);
+        let dtype = info.dtype.candle().filter(|dtype| [DType::F32, DType::BF16, DType::F16].contains(dtype))?;
+        let (Place::At(start), length @ 1..) = (&entry.place, info.bytes()?) else { return None };
+        let bytes = part.map.get(*start..start.checked_add(length)?)?;
+        // Read, not mapped; but of the map it is known that the file is as long.
+        #[cfg(unix)]
+        let bytes = crate::cuda::Bytes::File { file: &part.file, start: *start, length: bytes.len() };
+        #[cfg(not(unix))]
+        let bytes = crate::cuda::Bytes::Memory(bytes);
+        Some(crate::cuda::Upload { dtype, shape: &info.shape, bytes })
     }
 
     /// Checks names and shapes of the whole file against what a network asks for, before any tensor is read.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use super::IdentityLoss;
-use crate::Result;
+use crate::models::clip_text::TextEmbeddings;
 use crate::models::face_locator::FaceLocator;
 use crate::models::identity::IdentityNetwork;
 use crate::models::roles::{ImageEncoder, LatentDecoder, LatentEncoder, TextEncoder};
@@ -13,6 +13,7 @@ use crate::models::unet::{Conditioning, UNet};
 use crate::nn::LoraSet;
 use crate::random::Address;
 use crate::schedule::NoiseSchedule;
+use crate::{Error, Result};
 
 /// All frozen networks of the method: one U-Net, which serves as KV encoder, denoiser and (with the LCM-LoRA) preview
 /// denoiser; and the networks around it. Cheap to clone: clones share the weights.
@@ -52,8 +53,23 @@ impl Base {
     /// # Errors
     /// Those of the text encoder.
     pub fn conditioning(&self, prompts: &[String]) -> Result<Conditioning> {
-        let text = self.text_encoder.encode(prompts)?;
-        Ok(Conditioning::square(text.hidden_states.detach(), text.pooled.detach(), self.resolution))
+        Ok(self.square(&self.text_encoder.encode(prompts)?))
+    }
+
+    /// The same for two batches of prompts.
+    pub(crate) fn conditionings(&self, batches: [&[String]; 2]) -> Result<[Conditioning; 2]> {
+        let texts = self.text_encoder.encode_batches(&batches)?;
+        match <[TextEmbeddings; 2]>::try_from(texts) {
+            Ok(texts) => Ok(texts.map(|text| self.square(&text))),
+            Err(texts) => {
+                let found = texts.len().to_string();
+                Err(Error::argument("TextEncoder::encode_batches", "batches", "as many results, 2", found))
+            }
+        }
+    }
+
+    fn square(&self, text: &TextEmbeddings) -> Conditioning {
+        Conditioning::square(text.hidden_states.detach(), text.pooled.detach(), self.resolution)
     }
 
     /// The latents of images `(batch, 3, height, width)` in [-1, 1]; no gradient.

@@ -74,9 +74,9 @@ impl Layer {
     fn forward(&self, x: &Tensor, mask: Mask) -> Result<Tensor> {
         let y = self.layer_norm1.forward(x)?;
         let (q, k, v) = (self.q_proj.forward(&y)?, self.k_proj.forward(&y)?, self.v_proj.forward(&y)?);
-        let x = (x + self.out_proj.forward(&ops::attention(&q, (&k, &v), None, self.heads, mask)?)?)?;
+        let x = ops::add(x, &self.out_proj.forward(&ops::attention(&q, (&k, &v), None, self.heads, mask)?)?)?;
         let y = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        Ok((&x + self.fc2.forward(&ops::activation(&y, self.activation)?)?)?)
+        ops::add(&x, &self.fc2.forward(&ops::activation(&y, self.activation)?)?)
     }
 }
 

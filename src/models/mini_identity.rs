@@ -5,8 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::identity::{IdentityNetwork, normalise};
 use super::{image_dims, to_channels_last};
+use crate::autograd::taped;
 use crate::nn::{Conv2d, GroupNorm, Linear, Weights};
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use crate::{Error, Result};
 
 const EPS: f64 = 1e-5;
@@ -87,8 +88,8 @@ impl Block {
         let y = self.conv1.forward(&self.norm1.forward_with(x, Activation::Relu)?)?;
         let y = self.conv2.forward(&self.norm2.forward_with(&y, Activation::Relu)?)?;
         match &self.shortcut {
-            Some(shortcut) => Ok((y + shortcut.forward(x)?)?),
-            None => Ok((y + x)?),
+            Some(shortcut) => ops::add(&y, &shortcut.forward(x)?),
+            None => ops::add(&y, x),
         }
     }
 }
@@ -140,11 +141,16 @@ impl IdentityNetwork for MiniIdentity {
             let expected = format!("(batch, 3, {size}, {size})");
             return Err(Error::argument("mini_identity", "faces", expected, format!("{:?}", faces.dims())));
         }
-        let x = self.conv_in.forward(&to_channels_last(faces)?)?;
-        let x = self.blocks.iter().try_fold(x, |x, block| block.forward(&x))?;
-        let x = self.norm_out.forward_with(&x, Activation::Relu)?;
-        // Flattened, not averaged: where a feature lies tells faces that are aligned apart.
-        normalise(&self.linear_out.forward(&x.flatten_from(1)?)?)
+        let network = self.clone();
+        let embedded = taped(&[faces], move |faces| {
+            let x = network.conv_in.forward(&to_channels_last(&faces[0])?)?;
+            let x = network.blocks.iter().try_fold(x, |x, block| block.forward(&x))?;
+            let x = network.norm_out.forward_with(&x, Activation::Relu)?;
+            // Flattened, not averaged: where a feature lies tells faces that are aligned apart.
+            let (batch, flat) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
+            Ok(vec![network.linear_out.forward(&ops::reshape(&x, (batch, flat))?)?])
+        })?;
+        normalise(&embedded[0])
     }
 
     fn crop_size(&self) -> usize {

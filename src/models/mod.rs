@@ -19,6 +19,7 @@ pub mod lpips;
 pub mod mini_face_locator;
 pub mod mini_identity;
 pub mod mobile_face_net;
+mod on_demand;
 pub mod resampler;
 pub mod roles;
 pub mod sdxl_text;
@@ -29,6 +30,7 @@ pub mod unet;
 pub mod yunet;
 
 use candle_core::Tensor;
+pub use on_demand::OnDemand;
 
 use crate::{Error, Result};
 

@@ -185,8 +185,8 @@ impl Resampler {
             .broadcast_as((hidden_states.dim(0)?, queries, dim))?
             .contiguous()?;
         for (attention, feed_forward) in &self.layers {
-            x = (attention.forward(&image, &x)? + x)?;
-            x = (feed_forward.forward(&x)? + x)?;
+            x = ops::add(&attention.forward(&image, &x)?, &x)?;
+            x = ops::add(&feed_forward.forward(&x)?, &x)?;
         }
         self.norm_out.forward(&self.proj_out.forward(&x)?)
     }

@@ -40,6 +40,14 @@ pub trait TextEncoder: Send + Sync {
     /// # Errors
     /// Where a prompt cannot be tokenised.
     fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings>;
+
+    /// Embeds the prompts of several batches, each by itself. For encoders that have to be made ready first.
+    ///
+    /// # Errors
+    /// Those of [`TextEncoder::encode`].
+    fn encode_batches(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+        batches.iter().map(|prompts| self.encode(prompts)).collect()
+    }
 }
 
 /// Turns images into features for the resampler.

@@ -11,7 +11,7 @@ use candle_core::{D, Tensor};
 use super::lora::{LoraLayer, Loras};
 use super::{Init, Weights};
 #[cfg(feature = "cuda")]
-use crate::ops::lora_factors::Factors;
+use crate::ops::low_rank::{Factors, linear_low_rank};
 use crate::ops::{self, Activation, Addends};
 use crate::{Error, Result};
 
@@ -61,14 +61,29 @@ impl Linear {
     /// # Errors
     /// Those of [`ops::linear_with`].
     pub fn forward_adding(&self, x: &Tensor, loras: &Loras, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.apply(x, Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?, residual)
+    }
+
+    /// The gated GELU of [`Linear::forward_adapted`], in one operation where that can be.
+    ///
+    /// # Errors
+    /// Those of [`ops::linear_geglu`].
+    pub fn forward_geglu(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
         let adapted = Adapted::new(like(&self.weight, x)?, loras.at(&self.path))?;
+        match adapted.rest.is_empty() {
+            true => ops::linear_geglu(x, &adapted.weight, like_opt(&self.bias, x)?.as_deref()),
+            false => ops::geglu(&self.apply(x, adapted, None)?),
+        }
+    }
+
+    fn apply(&self, x: &Tensor, adapted: Adapted<'_>, residual: Option<&Tensor>) -> Result<Tensor> {
         let bias = like_opt(&self.bias, x)?;
         #[cfg(feature = "cuda")]
         if let ([(layer, scale)], false) = (&adapted.rest[..], self.weight.track_op())
             && let Some(low_rank) = layer.factors(*scale)
         {
             let factors = Factors { output: adapted.weight.dims()[0], low_rank: Some(low_rank) };
-            return super::stacked::linear_adapted(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
+            return linear_low_rank(x, &adapted.weight, (bias.as_deref(), residual), &[factors]);
         }
         let addends = Addends { bias: bias.as_deref(), residual, per_sample: None };
         let mut y = ops::linear_with(x, &adapted.weight, &addends)?;
@@ -86,7 +101,7 @@ pub struct Conv2d {
     weight: Tensor,
     bias: Option<Tensor>,
     stride: usize,
-    padding: usize,
+    padding: [usize; 2],
 }
 
 impl Conv2d {
@@ -112,7 +127,23 @@ impl Conv2d {
         let init = Init::FanIn(input * kernel * kernel);
         let weight = weights.get_conv(output, input, kernel, weight, init)?;
         let bias = bias.map(|name| weights.get(output, name, init)).transpose()?;
-        Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding })
+        Ok(Conv2d { path: weights.path(""), weight, bias, stride, padding: [padding; 2] })
+    }
+
+    /// The weight `(output, kernel, kernel, input)` and the bias of a layer that has one, for an operation on `x`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a layer without bias.
+    pub(crate) fn weight_and_bias(&self, x: &Tensor) -> Result<(Cow<'_, Tensor>, Cow<'_, Tensor>)> {
+        match like_opt(&self.bias, x)? {
+            Some(bias) => Ok((like_conv(&self.weight, x)?, bias)),
+            None => Err(Error::argument("Conv2d", "bias", "a layer with a bias", "one without")),
+        }
+    }
+
+    /// The same layer with another number of zeros right and below the picture.
+    pub fn with_padding_end(self, padding_end: usize) -> Self {
+        Conv2d { padding: [self.padding[0], padding_end], ..self }
     }
 
     /// `x`: `(batch, height, width, input)` to `(batch, height', width', output)`.
@@ -120,8 +151,7 @@ impl Conv2d {
     /// # Errors
     /// Those of [`ops::conv2d`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let bias = like_opt(&self.bias, x)?;
-        ops::conv2d(x, &*like_conv(&self.weight, x)?, bias.as_deref(), self.stride, self.padding)
+        self.forward_adding(x, &Loras::none(), &Addends::default())
     }
 
     /// The same with the LoRA sets that have an entry for this layer added.
@@ -140,9 +170,9 @@ impl Conv2d {
         let adapted = Adapted::new(like_conv(&self.weight, x)?, loras.at(&self.path))?;
         let bias = like_opt(&self.bias, x)?;
         let addends = Addends { bias: bias.as_deref(), ..*addends };
-        let mut y = ops::conv2d_with(x, &adapted.weight, &addends, self.stride, self.padding)?;
+        let mut y = ops::conv2d_padded(x, &adapted.weight, &addends, self.stride, self.padding)?;
         for (layer, scale) in adapted.rest {
-            y = layer.add_conv(x, self.stride, self.padding, scale, &y)?;
+            y = layer.add_conv(x, self.stride, self.padding[0], scale, &y)?;
         }
         Ok(y)
     }

@@ -69,16 +69,16 @@ impl LoraLayer {
         ops::scale(&ops::conv2d(x, &*like_conv(&self.down, x)?, None, stride, padding)?, scale * self.scale)
     }
 
-    /// The base layer's weight with this LoRA added to it, where that pays: on a GPU, for a frozen LoRA of a frozen
-    /// layer. There two products with a narrow matrix cost as much as the layer itself, while adding to the weight is a
-    /// read and a write of it.
+    /// The base layer's weight with this LoRA added to it, where that pays: for a frozen LoRA of a frozen layer. Two
+    /// products with a narrow matrix cost as much as the layer itself on a GPU and a good part of it on a CPU, while
+    /// adding to the weight is a read and a write of it.
     pub(super) fn merged(&self, weight: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+        let Some((up, down)) = self.mergeable(weight)? else { return Ok(None) };
         #[cfg(feature = "cuda")]
-        if let Some((up, down)) = self.mergeable(weight)? {
+        if weight.device().is_cuda() {
             return Ok(Some(crate::cuda::add_low_rank(weight, &up, &down, scale * self.scale)?));
         }
-        let _ = (weight, scale);
-        Ok(None)
+        Ok(Some(ops::add_low_rank(weight, &up, &down, scale * self.scale)?))
     }
 
     /// `down`, `up` and the scale of all in all, where they are the f32 factors of a linear layer on a GPU.
@@ -90,10 +90,9 @@ impl LoraLayer {
         (fits(&self.down) && fits(&self.up)).then_some((&self.down, &self.up, scale * self.scale))
     }
 
-    /// The factors `up` and `down`, in the dtype of a weight, where both they and the weight are frozen and on a GPU.
-    #[cfg(feature = "cuda")]
+    /// The factors `up` and `down`, in the dtype of a weight, where both they and the weight are frozen.
     pub(super) fn mergeable(&self, weight: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-        if !weight.device().is_cuda() || [weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
+        if [weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
             return Ok(None);
         }
         if weight.rank() != self.down.rank() {

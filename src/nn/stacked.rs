@@ -7,21 +7,7 @@ use super::lora::Loras;
 use crate::Result;
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::lora_factors::linear::linear_low_rank;
-#[cfg(feature = "cuda")]
-use crate::ops::lora_factors::{Factors, lora_factors};
-
-/// Frozen layers whose weights lie one after the other, with the low-rank updates of those that have one.
-#[cfg(feature = "cuda")]
-pub(super) fn linear_adapted(
-    x: &Tensor,
-    weight: &Tensor,
-    addends: (Option<&Tensor>, Option<&Tensor>),
-    factors: &[Factors<'_>],
-) -> Result<Tensor> {
-    let (down, up) = lora_factors(factors, x.dtype())?;
-    linear_low_rank(x, weight, addends, (&down, &up))
-}
+use crate::ops::low_rank::{Factors, linear_low_rank};
 
 /// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
 /// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
@@ -42,7 +28,7 @@ impl StackedLinear {
     pub fn new(layers: &mut [&mut Linear]) -> Result<Option<Self>> {
         let fits =
             |layer: &&mut Linear| layer.weight.device().is_cuda() && !layer.weight.track_op() && layer.bias.is_none();
-        if !layers.iter().all(fits) {
+        if layers.is_empty() || !layers.iter().all(fits) {
             return Ok(None);
         }
         let weights: Vec<&Tensor> = layers.iter().map(|layer| &layer.weight).collect();
@@ -56,6 +42,34 @@ impl StackedLinear {
             start += rows;
         }
         Ok(Some(StackedLinear { weight, layers: stacked }))
+    }
+
+    /// The stack of `count` of the layers, from `start` on, in the same memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] where there are fewer.
+    pub fn part(&self, start: usize, count: usize) -> Result<Self> {
+        let rows = |layers: &[(String, Tensor)]| layers.iter().map(|(_, weight)| weight.dims()[0]).sum::<usize>();
+        let end = (start + count).min(self.layers.len());
+        let (before, layers) = (&self.layers[..start.min(end)], &self.layers[start.min(end)..end]);
+        Ok(StackedLinear { weight: self.weight.narrow(0, rows(before), rows(layers))?, layers: layers.to_vec() })
+    }
+
+    /// `x`: `(..., input)` to one output for each of `parts` equal parts of the stack, each `(..., its outputs)` and
+    /// contiguous. `None` where a layer has a LoRA, or a gradient has to come back to `x`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the product fails.
+    pub fn forward_parts(&self, x: &Tensor, parts: usize, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
+        let plain = self.layers.iter().all(|(path, _)| loras.at(path).next().is_none());
+        #[cfg(feature = "cuda")]
+        if plain && !x.track_op() && x.dtype() == self.weight.dtype() && x.dims().last() == self.weight.dims().last() {
+            let outputs = crate::ops::linear_products(x, &self.weight, parts)?;
+            let part = |i| outputs.narrow(0, i, 1)?.squeeze(0);
+            return Ok(Some((0..parts).map(part).collect::<candle_core::Result<_>>()?));
+        }
+        let _ = (x, parts, plain);
+        Ok(None)
     }
 
     /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;
@@ -73,13 +87,13 @@ impl StackedLinear {
         }
         #[cfg(feature = "cuda")]
         if let Some(factors) = self.factors(loras) {
-            return linear_adapted(x, &self.weight, (None, None), &factors).map(Some);
+            return linear_low_rank(x, &self.weight, (None, None), &factors).map(Some);
         }
         Ok(None)
     }
 
     /// The factors of the layers; `None` where a layer has several sets, or factors of another kind than
-    /// [`lora_factors`] takes.
+    /// [`linear_low_rank`] takes.
     #[cfg(feature = "cuda")]
     fn factors<'a>(&'a self, loras: &'a Loras) -> Option<Vec<Factors<'a>>> {
         let mut factors = Vec::with_capacity(self.layers.len());

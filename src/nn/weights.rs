@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::Parameters;
 use crate::formats::TensorFile;
+#[cfg(feature = "cuda")]
+use crate::formats::read_ahead::ReadAhead;
 use crate::random::Address;
 use crate::{Error, Result};
 
@@ -26,11 +28,30 @@ pub enum Init {
 
 #[derive(Debug)]
 enum Source {
-    Frozen { name: String, tensors: HashMap<String, Tensor> },
-    File { file: TensorFile, dtype: DType, device: Device },
-    Trainable { parameters: Parameters, seed: u64, dtype: DType, device: Device },
-    Random { dtype: DType, device: Device },
-    Shapes { seen: Mutex<BTreeMap<String, Vec<usize>>> },
+    Frozen {
+        name: String,
+        tensors: HashMap<String, Tensor>,
+    },
+    File {
+        file: TensorFile,
+        dtype: DType,
+        device: Device,
+        #[cfg(feature = "cuda")]
+        ahead: ReadAhead,
+    },
+    Trainable {
+        parameters: Parameters,
+        seed: u64,
+        dtype: DType,
+        device: Device,
+    },
+    Random {
+        dtype: DType,
+        device: Device,
+    },
+    Shapes {
+        seen: Mutex<BTreeMap<String, Vec<usize>>>,
+    },
 }
 
 /// A place in a tree of named tensors, from which layers load themselves.
@@ -59,9 +80,16 @@ impl Weights {
     }
 
     /// Frozen weights from an open file. Each tensor is read when a layer asks for it, and converted to `dtype`, so
-    /// that memory never holds more than the layers that are loaded and one tensor.
+    /// that memory never holds more than the layers that are loaded and one tensor; on a GPU, which reads ahead, and at
+    /// most one GB.
     pub fn from_file(file: TensorFile, dtype: DType, device: &Device) -> Self {
-        Self::root(Source::File { file, dtype, device: device.clone() })
+        Self::root(Source::File {
+            #[cfg(feature = "cuda")]
+            ahead: ReadAhead::new(&file),
+            file,
+            dtype,
+            device: device.clone(),
+        })
     }
 
     /// Frozen weights from the bytes of a safetensors file, converted to `dtype`.
@@ -167,7 +195,7 @@ impl Weights {
                 Some(tensor) => check(name, tensor.detach()),
                 None => Err(mismatch(name, "nothing".into())),
             },
-            Source::File { file, dtype, device } => {
+            Source::File { file, dtype, device, .. } => {
                 match file.info(&full) {
                     Some(info) if info.shape == shape.dims() => {}
                     found => {
@@ -175,6 +203,9 @@ impl Weights {
                         return Err(file.fault(&full, format!("shape {:?}", shape.dims()), found));
                     }
                 }
+                #[cfg(feature = "cuda")]
+                let tensor = self.read_ahead(&full)?.map_or_else(|| file.load(&full, device), Ok)?;
+                #[cfg(not(feature = "cuda"))]
                 let tensor = file.load(&full, device)?;
                 Ok(if tensor.dtype().is_float() { tensor.to_dtype(*dtype)? } else { tensor })
             }
@@ -192,6 +223,15 @@ impl Weights {
                 seen.lock().unwrap_or_else(PoisonError::into_inner).insert(full.clone(), shape.dims().to_vec());
                 Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
             }
+        }
+    }
+
+    /// A tensor of a file on its way to a GPU; `None` where it is to be read by itself.
+    #[cfg(feature = "cuda")]
+    fn read_ahead(&self, name: &str) -> Result<Option<Tensor>> {
+        match &*self.source {
+            Source::File { file, device: Device::Cuda(device), ahead, .. } => ahead.get(file, name, device),
+            _ => Ok(None),
         }
     }
 

@@ -1,9 +1,9 @@
 //! What a linear map or a convolution adds to its product in the same operation.
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
-use super::support::{Real, on_cuda, same_kind, values};
+use super::support::{Real, Values, on_cuda, same_kind, values};
+use super::vector::vectorised;
 use crate::autograd::Backward;
 use crate::{Error, Result};
 
@@ -66,27 +66,19 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Adds the per-sample vectors and the residual to a product on the CPU, which has its bias.
-    pub fn add<T: Real>(&self, operation: &'static str, inputs: &[Tensor], product: &mut [T]) -> Result<()> {
-        if let Some(per_sample) = self.per_sample {
-            let (batch, out) = inputs[per_sample].dims2()?;
-            let vectors = values::<T>(operation, &inputs[per_sample])?;
-            let vectors: &[T] = &vectors;
-            let sample = product.len() / batch.max(1);
-            product.par_chunks_mut(sample.max(1)).zip(vectors.par_chunks(out.max(1))).for_each(|(sample, vector)| {
-                for position in sample.chunks_exact_mut(out) {
-                    position.iter_mut().zip(vector).for_each(|(value, addend)| *value += *addend);
-                }
-            });
-        }
-        if let Some(residual) = self.residual {
-            let residual = values::<T>(operation, &inputs[residual])?;
-            let residual: &[T] = &residual;
-            product.par_chunks_mut(1 << 14).zip(residual.par_chunks(1 << 14)).for_each(|(product, residual)| {
-                product.iter_mut().zip(residual).for_each(|(value, addend)| *value += *addend);
-            });
-        }
-        Ok(())
+    /// The addends' numbers on the CPU, for a result of so many channels.
+    pub fn numbers<'a, T: Real>(
+        &self,
+        operation: &'static str,
+        inputs: &'a [Tensor],
+        channels: usize,
+        positions: usize,
+    ) -> Result<Numbers<'a, T>> {
+        let numbers = |place: Option<usize>| place.map(|place| values::<T>(operation, &inputs[place])).transpose();
+        let per_sample = numbers(self.per_sample)?;
+        let samples = per_sample.as_ref().map_or(1, |vectors| (vectors.len() / channels.max(1)).max(1));
+        let (bias, residual) = (numbers(self.bias)?, numbers(self.residual)?);
+        Ok(Numbers { bias, per_sample, residual, channels, positions: (positions / samples).max(1) })
     }
 
     /// Fills in the gradients of the per-sample vectors and of the residual.
@@ -99,6 +91,53 @@ impl Places {
             gradients[place] = Some(context.gradient()?.clone());
         }
         Ok(())
+    }
+}
+
+/// The addends on the CPU.
+pub(super) struct Numbers<'a, T> {
+    bias: Option<Values<'a, T>>,
+    per_sample: Option<Values<'a, T>>,
+    residual: Option<Values<'a, T>>,
+    channels: usize,
+    /// Positions of a sample.
+    positions: usize,
+}
+
+impl<T: Real> Numbers<'_, T> {
+    /// Writes the sum of the addends to the rows of the result from `first` on, and says whether there are any.
+    pub fn write(&self, first: usize, rows: &mut [T]) -> bool {
+        let channels = self.channels.max(1);
+        match (&self.residual, &self.bias) {
+            (None, None) if self.per_sample.is_none() => return false,
+            (None, None) => rows.fill(T::of(0.0)),
+            (Some(residual), bias) => {
+                rows.copy_from_slice(&residual[first * channels..][..rows.len()]);
+                if let Some(bias) = bias {
+                    add_to_rows(rows, bias);
+                }
+            }
+            (None, Some(bias)) => rows.chunks_exact_mut(channels).for_each(|row| row.copy_from_slice(bias)),
+        }
+        if let Some(vectors) = &self.per_sample {
+            let (mut rest, mut position) = (rows, first);
+            while !rest.is_empty() {
+                let (sample, within) = (position / self.positions, position % self.positions);
+                let length = ((self.positions - within) * channels).min(rest.len());
+                let (part, others) = rest.split_at_mut(length);
+                add_to_rows(part, &vectors[sample * channels..][..channels]);
+                (rest, position) = (others, position + length / channels);
+            }
+        }
+        true
+    }
+}
+
+vectorised! {
+    fn add_to_rows<T: Real>(rows: &mut [T], addend: &[T]) {
+        for row in rows.chunks_exact_mut(addend.len()) {
+            row.iter_mut().zip(addend).for_each(|(value, addend)| *value += *addend);
+        }
     }
 }
 

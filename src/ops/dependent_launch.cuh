@@ -3,7 +3,9 @@
 // graphs.
 //
 // The first kernel calls `let_next_start` where only its tail is left, the second `wait_for_previous` before it reads
-// what the first wrote: that returns when the first has ended and its writes are seen.
+// what the first wrote: that returns when the first has ended and its writes are seen. Only a kernel whose successor is
+// launched by the same launcher may call `let_next_start`: a library's kernel, cuBLAS's for instance, may be launched to
+// start early too, and not wait.
 #pragma once
 #include "elements.cuh"
 

@@ -63,15 +63,16 @@ Plan choose_plan(int64_t boxes, int columns, int steps, bool transposed, int mul
     int rows, columns;
     double step, split_step, meeting; // a step of a tile, the same where loads are not shared, and the begin and end of a tile that is split in two
   };
-  static const Candidate forward[3] = {{256, 160, 0.82, 0.83, 14}, {128, 160, 0.47, 0.63, 8}, {128, 256, 0.67, 0.85, 12}};
-  static const Candidate gradient[2] = {{128, 320, 0.85, 0.86, 14}, {128, 256, 0.68, 0.85, 12}};
+  static const Candidate forward[5] = {{256, 160, 0.82, 0.83, 14}, {128, 160, 0.47, 0.63, 8}, {128, 256, 0.67, 0.85, 12}, {256, 128, 0.68, 0, 0}, {256, 64, 0.4, 0, 0}};
+  static const Candidate gradient[3] = {{128, 320, 0.85, 0.86, 14}, {128, 256, 0.68, 0.85, 12}, {256, 64, 0.4, 0, 0}};
   static const int splits[4] = {1, 2, 3, 6}; // clusters of 4 and 5 fit the chip's parts badly: a second wave for what should be one
   Plan best{};
   double best_time = 1e30;
-  for (int i = 0; i < (transposed ? 2 : 3); ++i)
+  for (int i = 0; i < (transposed ? 3 : 5); ++i)
     for (int split : splits) {
       const Candidate &c = transposed ? gradient[i] : forward[i];
       if (split > 1 && steps < 8 * split) continue;
+      if (c.columns < 160 && (columns > c.columns || split > 1)) continue; // made for so many columns, and for large images
       const int64_t tiles_n = (columns + c.columns - 1) / c.columns, tiles = (boxes * 128 + c.rows - 1) / c.rows * tiles_n * split;
       const int capacity = most_clusters(split, multiprocessors) * split;
       const int64_t waves = (tiles + capacity - 1) / capacity;
@@ -117,8 +118,11 @@ template <int kRows, int kColumns, bool kTransposed, bool kHalf> int launch(cons
 template <bool kTransposed, bool kHalf> int launch(const Problem &problem, const Plan &plan, int multiprocessors, cudaStream_t stream) {
   if constexpr (kTransposed) {
     if (plan.columns == 320) return launch<128, 320, true, kHalf>(problem, multiprocessors, stream);
+    if (plan.columns == 64) return launch<256, 64, true, kHalf>(problem, multiprocessors, stream);
     return launch<128, 256, true, kHalf>(problem, multiprocessors, stream);
   } else {
+    if (plan.columns == 64) return launch<256, 64, false, kHalf>(problem, multiprocessors, stream);
+    if (plan.columns == 128) return launch<256, 128, false, kHalf>(problem, multiprocessors, stream);
     if (plan.rows == 256) return launch<256, 160, false, kHalf>(problem, multiprocessors, stream);
     if (plan.columns == 160) return launch<128, 160, false, kHalf>(problem, multiprocessors, stream);
     return launch<128, 256, false, kHalf>(problem, multiprocessors, stream);

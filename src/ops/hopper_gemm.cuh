@@ -187,8 +187,9 @@ template <int kRows, int kColumns, bool kTransposed, bool kHalf> __global__ void
           const int block = i / (kColumns / 2), number = i % (kColumns / 2);
           acc[i] += row_bias<kRows, kColumns, kHalf>(p, 2 * tile.m + group, block * 64 + (to >> 5) * 16 + (number >> 1 & 1) * 8 + ((to & 31) >> 2), tile.n * kColumns + number / 4 * 8 + (to & 3) * 2 + (number & 1));
         }
-      if (p.residual) finish<kRows, kColumns, kHalf, true>(p, tile, acc, group, thread, biases, owned);
-      else finish<kRows, kColumns, kHalf, false>(p, tile, acc, group, thread, biases, owned);
+      if (!p.residual) finish<kRows, kColumns, kHalf, Second::None>(p, tile, acc, group, thread, biases, owned);
+      else if (p.gate) finish<kRows, kColumns, kHalf, Second::Gate>(p, tile, acc, group, thread, biases, owned);
+      else finish<kRows, kColumns, kHalf, Second::Residual>(p, tile, acc, group, thread, biases, owned);
     }
   }
   if (blocks > 1) cluster_sync(); // no block leaves while another may still write to or read from its shared memory

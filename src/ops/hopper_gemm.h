@@ -7,7 +7,8 @@
 // tap and an image of one row.
 //
 // One block computes 2 boxes with two consumer warpgroups (one per box) and a producer warp. Tiles are 256 x 160 or 128 x 320 where there are many:
-// SDXL's channel counts are multiples of 320, and such tiles cover its images in multiples of 128, which suits 132 multiprocessors.
+// SDXL's channel counts are multiples of 320, and such tiles cover its images in multiples of 128, which suits 132 multiprocessors. Autoencoders
+// have 64 or 128 channels where their images are largest, and get tiles of as many columns.
 // The blocks of a cluster share loads (`cn` blocks side by side read the same pixels, `cm` blocks the same weights, by multicast) or
 // split the sum over K (`split`; the parts meet in shared memory, added in a fixed order).
 #include <cuda.h>
@@ -36,6 +37,8 @@ struct Problem {
   int32_t stride;
   void *y;
   const void *bias, *sample_bias, *residual;
+  int32_t gate; // the residual is not added: where it is not positive, y is 0 (the gradient of a rectifier, given its result)
+  float floor;  // the least that y may be, not above 0: 0 for a rectifier, else minus infinity
   int64_t y_row, residual_row; // numbers from pixel to pixel
   int32_t columns, samples, height, width; // of y
   int32_t log_w, log_h;                    // a box has 2^log_w columns, 2^log_h rows, and samples to fill it

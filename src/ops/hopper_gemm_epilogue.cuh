@@ -92,10 +92,19 @@ template <int kRows, int kColumns, bool kHalf> __device__ __forceinline__ float 
   return sum;
 }
 
-// Adds biases and the residual to a consumer's accumulators and writes them. Four lanes hold 32 columns of a row, 8 each after
+// The greater of two, NaN if one is.
+__device__ __forceinline__ float at_least(float x, float floor) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(floor));
+  return y;
+}
+
+enum class Second { None, Residual, Gate };
+
+// Adds biases and the residual to a consumer's accumulators, rectifies or gates them, and writes them. Four lanes hold 32 columns of a row, 8 each after
 // a transposition among them, so a row's store is 64 bytes and needs no shared memory. The code is straight-line, and short: it runs
 // once per tile, so what it costs is the fetching of instructions.
-template <int kRows, int kColumns, bool kHalf, bool kResidual>
+template <int kRows, int kColumns, bool kHalf, Second kSecond>
 __device__ __forceinline__ void finish(const Problem &p, const Tile &tile, const float *acc, int group, int thread, uint32_t biases, uint32_t owned) {
   constexpr int kParts = kColumns / 32, kBatch = kParts == 10 ? 5 : kParts == 8 ? 4 : kParts;
   const int lane = thread & 31, q = lane & 3, warp = (thread >> 5) & 3;
@@ -121,7 +130,7 @@ __device__ __forceinline__ void finish(const Problem &p, const Tile &tile, const
 #pragma unroll
     for (int batch = 0; batch < kParts; batch += kBatch) {
       uint4 residual[kBatch][2];
-      if constexpr (kResidual) {
+      if constexpr (kSecond != Second::None) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
 #pragma unroll
@@ -140,17 +149,20 @@ __device__ __forceinline__ void finish(const Problem &p, const Tile &tile, const
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t words[4];
-          if constexpr (kResidual) {
+          if constexpr (kSecond != Second::None) {
             uint32_t add[4] = {residual[i][half].x, residual[i][half].y, residual[i][half].z, residual[i][half].w};
             transpose(add, q);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               float2 pair = unpack<kHalf>(add[j]);
-              words[j] = pack<kHalf>(value[j * 4 + half * 2] + bias[j].x + pair.x, value[j * 4 + half * 2 + 1] + bias[j].y + pair.y);
+              float x = value[j * 4 + half * 2] + bias[j].x, y = value[j * 4 + half * 2 + 1] + bias[j].y;
+              if constexpr (kSecond == Second::Residual) x = at_least(x + pair.x, p.floor), y = at_least(y + pair.y, p.floor);
+              else x = pair.x <= 0 ? 0 : x, y = pair.y <= 0 ? 0 : y;
+              words[j] = pack<kHalf>(x, y);
             }
           } else {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) words[j] = pack<kHalf>(value[j * 4 + half * 2] + bias[j].x, value[j * 4 + half * 2 + 1] + bias[j].y);
+            for (int j = 0; j < 4; ++j) words[j] = pack<kHalf>(at_least(value[j * 4 + half * 2] + bias[j].x, p.floor), at_least(value[j * 4 + half * 2 + 1] + bias[j].y, p.floor));
           }
           transpose(words, q);
           if (inside[half] && column + part * 32 < p.columns && (owned >> (block * kParts + part) & 1))

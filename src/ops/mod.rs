@@ -7,6 +7,7 @@
 //! time in the backward pass.
 
 mod activation;
+mod add_low_rank;
 mod addends;
 mod attention;
 mod channel_affine;
@@ -18,33 +19,43 @@ mod geglu;
 mod group_norm;
 mod layer_norm;
 mod linear;
+mod linear_geglu;
 #[cfg(feature = "cuda")]
-pub(crate) mod lora_factors;
+pub(crate) mod low_rank;
 mod max_pool2d;
 mod prelu;
+mod rectified_block;
 pub(crate) mod resize_bicubic;
 mod resize_bilinear;
 mod support;
 mod upsample_nearest_2x;
+mod vector;
 mod warp_affine;
 
 pub use activation::{Activation, activation};
+pub(crate) use add_low_rank::add_low_rank;
 pub use addends::Addends;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use channel_affine::channel_affine;
-pub use conv2d::{conv2d, conv2d_with};
+pub use conv2d::{conv2d, conv2d_padded, conv2d_with};
 pub use depthwise_conv2d::depthwise_conv2d;
 pub use elementwise::{
     add, add_per_sample, add_scaled, cast, concat_channels, narrow, reshape, scale, split, to_channels_first,
     to_channels_last,
 };
-pub(crate) use elementwise::{wide_dtype, widen};
+pub(crate) use elementwise::{sum, wide_dtype, widen};
 pub use geglu::geglu;
 pub use group_norm::group_norm;
 pub use layer_norm::{add_layer_norm, layer_norm};
+#[cfg(feature = "cuda")]
+pub(crate) use linear::cuda::products as linear_products;
 pub use linear::{linear, linear_with};
+pub use linear_geglu::linear_geglu;
+
 pub use max_pool2d::max_pool2d;
 pub use prelu::prelu;
+pub(crate) use rectified_block::is_lean;
+pub use rectified_block::rectified_block;
 pub use resize_bicubic::resize_bicubic;
 pub use resize_bilinear::resize_bilinear;
 pub use upsample_nearest_2x::upsample_nearest_2x;

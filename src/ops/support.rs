@@ -1,10 +1,13 @@
 //! What the CPU halves of the operations share: access to values, dispatch on the dtype, matrix products.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 
 use candle_core::{Device, Storage, StorageRef, Tensor, WithDType};
+use rayon::prelude::*;
 
+use super::vector;
 use crate::{Error, Result};
 
 /// The floating-point types the operations compute in on the CPU.
@@ -22,12 +25,13 @@ pub(crate) trait Real:
     fn of(value: f64) -> Self;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
-    fn erf(self) -> Self;
+    /// The normal distribution function.
+    fn normal_distribution(self) -> Self;
     fn max(self, other: Self) -> Self;
 }
 
 macro_rules! real {
-    ($type:ty, $erf:path) => {
+    ($type:ty, $exp:path, $normal_distribution:path) => {
         impl Real for $type {
             #[inline(always)]
             fn of(value: f64) -> Self {
@@ -35,15 +39,15 @@ macro_rules! real {
             }
             #[inline(always)]
             fn exp(self) -> Self {
-                <$type>::exp(self)
+                $exp(self)
             }
             #[inline(always)]
             fn ln(self) -> Self {
                 <$type>::ln(self)
             }
             #[inline(always)]
-            fn erf(self) -> Self {
-                $erf(self)
+            fn normal_distribution(self) -> Self {
+                $normal_distribution(self)
             }
             #[inline(always)]
             fn max(self, other: Self) -> Self {
@@ -52,8 +56,12 @@ macro_rules! real {
         }
     };
 }
-real!(f32, libm::erff);
-real!(f64, libm::erf);
+real!(f32, vector::exp, vector::normal_distribution);
+real!(f64, f64::exp, normal_distribution);
+
+fn normal_distribution(x: f64) -> f64 {
+    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
 
 /// Runs `$body` with `$real` standing for the Rust type of a tensor's dtype; a typed error for other dtypes.
 macro_rules! dispatch {
@@ -129,6 +137,30 @@ pub(crate) fn values<'a, T: Real>(operation: &'static str, tensor: &'a Tensor) -
 /// A dense tensor on the CPU from computed numbers.
 pub(crate) fn tensor<T: Real>(values: Vec<T>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
+}
+
+/// Numbers that are a task of their own where memory is filled.
+const FILLED: usize = 64 << 10;
+
+/// Numbers computed in parallel, a chunk at a time: `compute` gets the chunk's place in their order, and the chunk, which
+/// is zero and in the cache.
+pub(crate) fn computed<T: Real>(length: usize, chunk: usize, compute: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
+    let mut numbers: Vec<T> = Vec::with_capacity(length);
+    let spare = &mut numbers.spare_capacity_mut()[..length];
+    spare.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(index, part)| {
+        part.fill(MaybeUninit::new(T::of(0.0)));
+        // SAFETY: all of the chunk has just been written; a `MaybeUninit` has the layout of what it holds.
+        let part = unsafe { &mut *(std::ptr::from_mut(part) as *mut [T]) };
+        compute(index, part);
+    });
+    // SAFETY: the chunks, all of which were written, make up the first `length` elements.
+    unsafe { numbers.set_len(length) };
+    numbers
+}
+
+/// Zeros, written in parallel.
+pub(crate) fn zeros<T: Real>(length: usize) -> Vec<T> {
+    computed(length, FILLED, |_, _| {})
 }
 
 /// Whether arguments of an operation share dtype and device, as they must.

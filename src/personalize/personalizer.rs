@@ -8,6 +8,7 @@ use image::RgbImage;
 
 use super::Reference;
 use super::guidance::{Branch, Guidance, ReferenceText};
+use crate::autograd::on_pool;
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::formats::EncoderFile;
 use crate::lookahead::{Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
@@ -214,6 +215,10 @@ impl Personalizer {
         if prompts.is_empty() {
             return Err(Error::argument("Personalizer::generate", "prompts", "at least one", "none"));
         }
+        on_pool(&self.base.device, || self.generate_here(reference, prompts, options))
+    }
+
+    fn generate_here(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Tensor> {
         let base = &self.base;
         let batch = prompts.len();
         reference.check_count("Personalizer::generate", batch)?;
@@ -294,7 +299,8 @@ impl Personalizer {
         };
         let with_reference = options.use_reference && self.encoder.kv_encoder().is_some();
         let branches = options.guidance.branches(with_reference);
-        let text = base.conditioning(prompts)?;
+        let encoder_prompts = vec![options.encoder_prompt.clone(); batch];
+        let [text, prompt] = base.conditionings([prompts, &encoder_prompts])?;
         let no_text = text.without_text()?;
         let texts: Vec<&Conditioning> =
             branches.iter().map(|branch| if branch.conditional { &text } else { &no_text }).collect();
@@ -302,7 +308,6 @@ impl Personalizer {
         let images: Vec<&Tensor> =
             branches.iter().map(|branch| if branch.conditional { &tokens } else { &no_tokens }).collect();
 
-        let prompt = base.conditioning(&vec![options.encoder_prompt.clone(); batch])?;
         let no_prompt = prompt.without_text()?;
         let encoder_texts: Vec<&Conditioning> = branches
             .iter()

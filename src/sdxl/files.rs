@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::formats::EncoderFile;
-use crate::hub::{Hub, repository};
+use crate::formats::diffusers::Folder;
+use crate::formats::{Content, EncoderFile, TensorFile};
+use crate::hub::{Hub, REPOSITORIES, repository};
 use crate::models::unet;
 use crate::train::AdapterInit;
 use crate::{Error, Result};
@@ -22,7 +23,9 @@ pub struct SdxlChoice {
     /// A pipeline as diffusers saves it: U-Net, scheduler, text encoders and tokenizers are taken from it, as far as it
     /// has them. (The autoencoder is not: SDXL's own is broken by half precision.)
     pub pipeline: Option<PathBuf>,
-    /// A U-Net alone: any fine-tune, a folder with `config.json` and weights.
+    /// A U-Net alone: any fine-tune, a folder with `config.json` and weights; or the name of a repository that the
+    /// [hub's table](crate::hub::REPOSITORIES) has a U-Net of (`sdxl-turbo`, `stabilityai/sdxl-turbo`), where there is no
+    /// such folder.
     pub unet: Option<PathBuf>,
     /// An autoencoder of the kind `AutoencoderKL`, a folder.
     pub autoencoder: Option<PathBuf>,
@@ -66,6 +69,9 @@ pub struct SdxlFiles {
     pub face_locator: PathBuf,
     /// Height and width of the pictures, where it is not what the U-Net's configuration says.
     pub resolution: Option<usize>,
+    /// Whether the U-Net is the one that the paper's authors trained on, SDXL's own: then the base weights in a checkpoint
+    /// of theirs are compared with it, else dropped.
+    pub own_base: bool,
 }
 
 impl SdxlFiles {
@@ -98,9 +104,10 @@ impl SdxlFiles {
     }
 
     fn look(finder: &mut Finder<'_>, choice: &SdxlChoice) -> Result<Self> {
+        let named = choice.unet.as_deref().and_then(published_unet);
         for path in [
             &choice.pipeline,
-            &choice.unet,
+            if named.is_some() { &None } else { &choice.unet },
             &choice.autoencoder,
             &choice.lcm_lora,
             &choice.adapter,
@@ -115,14 +122,19 @@ impl SdxlFiles {
             let folder = choice.pipeline.as_ref()?.join(component);
             folder.is_dir().then_some(folder)
         };
+        let named_unet = named.map(|id| finder.component(id, "unet")).transpose()?;
         let mut sdxl = |component: &str| own(component).map_or_else(|| finder.component(SDXL, component), Ok);
-        let unet = match &choice.unet {
+        let own_base = named.map_or(choice.unet.is_none() && own("unet").is_none(), |id| id == SDXL);
+        let unet = match (&choice.unet, named_unet) {
+            (_, Some(named)) => named,
             // A pipeline's folder may be given too.
-            Some(folder) if folder.join("unet").is_dir() => folder.join("unet"),
-            Some(folder) => folder.clone(),
-            None => sdxl("unet")?,
+            (Some(folder), None) if folder.join("unet").is_dir() => folder.join("unet"),
+            (Some(folder), None) => folder.clone(),
+            (None, None) => sdxl("unet")?,
         };
         let scheduler = match (&choice.unet, own("scheduler")) {
+            // Turbo's noise schedule is SDXL's.
+            (Some(_), _) if named.is_some() => None,
             (Some(folder), _) => {
                 let beside = [folder.join("scheduler"), folder.join("../scheduler")];
                 beside.into_iter().find(|path| path.is_dir())
@@ -149,16 +161,37 @@ impl SdxlFiles {
             identity_network: or(&choice.identity_network, SFACE, "face_recognition_sface_2021dec.onnx")?,
             face_locator: or(&choice.face_locator, YUNET, "face_detection_yunet_2023mar.onnx")?,
             resolution: choice.resolution,
+            own_base,
         })
     }
 
     /// The adapter, or whatever form of a face encoder is in its place, for a U-Net of this shape.
     ///
     /// # Errors
-    /// Those of [`EncoderFile::open`].
+    /// Those of [`SdxlFiles::encoder`].
     pub fn adapter(&self, unet: &unet::Config) -> Result<AdapterInit> {
-        Ok(EncoderFile::open(&self.adapter, unet, None)?.into())
+        Ok(self.encoder(&self.adapter, unet)?.into())
     }
+
+    /// A face encoder in any form, for a U-Net of this shape. The authors' checkpoint is compared with the base it will
+    /// be used with, tensor by tensor, where that is the one it was trained on ([`SdxlFiles::own_base`]).
+    ///
+    /// # Errors
+    /// Those of [`EncoderFile::open`] and of opening the U-Net's file.
+    pub fn encoder(&self, path: impl AsRef<Path>, unet: &unet::Config) -> Result<EncoderFile> {
+        let path = path.as_ref();
+        if self.own_base && path.is_file() && Content::of(&TensorFile::open(path)?) == Content::Official {
+            return EncoderFile::open(path, unet, Some(&Folder::open(&self.unet, None)?.tensors()?));
+        }
+        EncoderFile::open(path, unet, None)
+    }
+}
+
+/// The repository of this name, or of this owner and name, that has a U-Net, where no folder is called so.
+fn published_unet(name: &Path) -> Option<&'static str> {
+    let known = REPOSITORIES.iter().filter(|known| known.files.iter().any(|file| file.path.starts_with("unet/")));
+    let text = name.to_str().filter(|_| !name.exists())?;
+    known.map(|known| known.id).find(|id| *id == text || id.split_once('/').is_some_and(|(_, short)| short == text))
 }
 
 /// Finds files of the hub on this machine, and notes those that are not there.

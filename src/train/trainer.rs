@@ -10,7 +10,7 @@ use super::step::{LossReport, Prepared, StepLosses};
 use super::validation::Validation;
 use super::{AdamW, AdamWConfig, Checkpoint, Ema, Gradients, MetricsWriter, ParameterGroup, Progress, TrainConfig};
 use super::{checkpoint, config};
-use crate::autograd::with_large_stack;
+use crate::autograd::{self, with_large_stack};
 use crate::data::FaceDataset;
 use crate::formats::EncoderFile;
 use crate::lookahead::{Base, FaceEncoder, ImageLoss};
@@ -319,12 +319,18 @@ impl Trainer {
         let mut gradients = Gradients::new();
         for (draw, prepared) in batches {
             let mut part = LossReport::default();
-            if let Some(loss) = loss(&self.losses(), prepared, *draw, &mut part)? {
-                let value = loss.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
-                if !value.is_finite() {
-                    return Err(Error::Training { step: self.step, reason: format!("the loss is {value}") });
+            let store = autograd::gradients(|| {
+                let loss = loss(&self.losses(), prepared, *draw, &mut part)?;
+                if let Some(loss) = &loss {
+                    let value = loss.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                    if !value.is_finite() {
+                        return Err(Error::Training { step: self.step, reason: format!("the loss is {value}") });
+                    }
                 }
-                gradients.accumulate(Gradients::extract(&loss.backward()?, &self.trained))?;
+                Ok(loss)
+            })?;
+            if let Some(store) = store {
+                gradients.accumulate(Gradients::extract(&store, &self.trained))?;
             }
             report.add(part, batches.len() as u64);
         }

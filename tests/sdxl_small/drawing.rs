@@ -4,7 +4,8 @@ use lcm_lookahead::data::load_image;
 use lcm_lookahead::formats::TensorFile;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::random::Address;
-use lcm_lookahead::{Guidance, Personalizer, SamplerKind};
+use lcm_lookahead::sdxl::SdxlFiles;
+use lcm_lookahead::{Base, Guidance, Personalizer, SamplerKind};
 
 use crate::layout::{Layout, fixture};
 use crate::{base, relative_error};
@@ -13,6 +14,10 @@ const PROMPTS: [&str; 2] = ["a photo of a face in the forest", "an oil painting 
 
 fn draw(layout: &Layout, dtype: DType, options: &Options) -> Result<Tensor> {
     let (base, files) = base(layout, dtype)?;
+    draw_with(base, &files, dtype, options)
+}
+
+fn draw_with(base: Base, files: &SdxlFiles, dtype: DType, options: &Options) -> Result<Tensor> {
     let adapter = files.adapter(base.unet.config())?;
     let tensors = adapter.tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)));
     let personalizer = Personalizer::from_adapter(base, &adapter.resampler, tensors.collect::<Result<_>>()?)?;
@@ -46,6 +51,20 @@ fn text_and_a_reference_picture_become_the_pictures_that_diffusers_draws() -> Re
         println!("sdxl_small, text and reference to picture ({dtype:?}): relative error {error:.1e}");
         ensure!(error < 1e-3, "{dtype:?}: relative error {error:e}");
     }
+    Ok(())
+}
+
+#[test]
+fn encoders_that_are_opened_on_demand_draw_the_same_pictures() -> Result<()> {
+    let layout = Layout::new()?;
+    let (_, files) = base(&layout, DType::F32)?;
+    let lean = Base::sdxl_lean(&files, DType::F32, &Device::Cpu)?;
+    let pictures = draw_with(lean, &files, DType::F32, &Options::lcm())?;
+    let expected = draw(&layout, DType::F32, &Options::lcm())?;
+    assert_eq!(pictures.flatten_all()?.to_vec1::<f32>()?, expected.flatten_all()?.to_vec1::<f32>()?);
+    // What does not fit is found when the base is assembled, not when it first draws.
+    let wrong = SdxlFiles { image_encoder: files.autoencoder.clone(), ..files };
+    ensure!(Base::sdxl_lean(&wrong, DType::F32, &Device::Cpu).is_err());
     Ok(())
 }
 

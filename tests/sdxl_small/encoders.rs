@@ -1,6 +1,6 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use lcm_lookahead::data::load_image;
 use lcm_lookahead::formats::diffusers::Folder;
@@ -90,8 +90,21 @@ fn the_authors_checkpoint_draws_and_is_trained_further_and_exported() -> Result<
     let (base, files) = small_base(&layout)?;
     let unet = base.unet.config().clone();
     let weights = Folder::open(&files.unet, None)?.tensors()?;
-    // Compared with the base it is used with.
-    let released = EncoderFile::open(&files.adapter, &unet, Some(&weights))?;
+    // A checkpoint is compared with the U-Net where that is SDXL's own (here: is said to be), and of another refused.
+    ensure!(!files.own_base, "the U-Net was given");
+    let published = SdxlFiles { own_base: true, ..files.clone() };
+    let released = published.encoder(&files.adapter, &unet)?;
+    let changed = layout.path().join("changed");
+    std::fs::create_dir(&changed)?;
+    let tensors = weights.names().map(|name| Ok((name.to_string(), weights.load(name, &Device::Cpu)?)));
+    let mut tensors = tensors.collect::<Result<HashMap<_, _>>>()?;
+    let one = tensors.get_mut("conv_out.bias").context("conv_out.bias")?;
+    *one = (one.clone() + 1.0)?;
+    candle_core::safetensors::save(&tensors, changed.join("diffusion_pytorch_model.safetensors"))?;
+    let another = SdxlFiles { unet: changed, ..published };
+    let error = another.adapter(&unet).err().context("accepted")?.to_string();
+    ensure!(error.contains("conv_out.bias") && error.contains("differ"), "{error}");
+    ensure!(SdxlFiles { own_base: false, ..another }.adapter(&unet).is_ok());
     let drawn = draw(&Personalizer::from_encoder(base.clone(), &released)?)?;
     let adapter_alone = files.adapter(&unet)?;
     let tensors = adapter_alone.tensors.iter().filter(|(name, _)| !name.starts_with("kv_encoder."));

@@ -1,6 +1,6 @@
 use std::collections::HashSet;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use lcm_lookahead::hub::REPOSITORIES;
 use lcm_lookahead::sdxl::{SdxlChoice, SdxlFiles};
@@ -73,6 +73,19 @@ fn a_pipeline_or_unet_of_ones_own_takes_the_place_of_the_published_one() -> Resu
         let choice = SdxlChoice { unet: Some(unet), ..choice.clone() };
         let files = SdxlFiles::find(&layout.hub()?, &choice)?;
         assert_eq!((files.unet.clone(), &files.scheduler), (fixture("formats/sharded/unet"), &None));
+        Base::sdxl(&files, DType::F32, &Device::Cpu)?;
+    }
+    // A published fine-tune by its name.
+    let turbo = layout.weights().join("sdxl-turbo/unet");
+    std::fs::create_dir_all(&turbo)?;
+    for entry in std::fs::read_dir(pipeline.join("unet"))? {
+        let path = entry?.path();
+        std::fs::copy(&path, turbo.join(path.file_name().context("a name")?))?;
+    }
+    for name in ["sdxl-turbo", "stabilityai/sdxl-turbo"] {
+        let choice = SdxlChoice { unet: Some(name.into()), ..choice.clone() };
+        let files = SdxlFiles::find(&layout.hub()?, &choice)?;
+        assert_eq!((files.unet.clone(), &files.scheduler, files.own_base), (turbo.clone(), &None, false));
         Base::sdxl(&files, DType::F32, &Device::Cpu)?;
     }
     let choice = SdxlChoice { unet: Some("no/such/folder".into()), ..choice };

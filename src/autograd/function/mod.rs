@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 
+use super::leaves;
 use super::tape::{self, Mode};
 use crate::{Error, Result};
 pub(super) use node::Node;
@@ -136,17 +137,24 @@ fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
     let needs: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
     let detached = detach(inputs)?;
     let Forward { outputs, saved } = function.forward(&detached)?;
-    let tracked: Vec<(usize, &Tensor)> =
-        inputs.iter().enumerate().filter(|(i, _)| needs[*i]).map(|(i, input)| (i, *input)).collect();
-    if tracked.is_empty() {
-        return Ok(outputs.into_iter().map(Output::into_tensor).collect());
-    }
+    let direct = leaves::active();
+    let (leaves, tracked): (Vec<_>, Vec<_>) =
+        inputs.iter().enumerate().filter(|(i, _)| needs[*i]).partition(|(_, input)| direct && input.is_variable());
+    let leaves: Vec<(usize, Tensor)> = leaves.into_iter().map(|(i, variable)| (i, (*variable).clone())).collect();
+    let mut tracked: Vec<(usize, &Tensor)> = tracked.into_iter().map(|(i, input)| (i, *input)).collect();
+    let anchor = match (tracked.is_empty(), leaves.first()) {
+        (true, None) => return Ok(outputs.into_iter().map(Output::into_tensor).collect()),
+        (true, Some((_, variable))) => Some(leaves::anchor(variable.device())?),
+        _ => None,
+    };
+    // The anchor is the input at no position: it gets no gradient.
+    tracked.extend(anchor.iter().map(|anchor| (usize::MAX, anchor)));
     let variables = inputs.iter().map(|input| input.is_variable()).collect();
     let node = Node::new(Box::new(function), detached, saved, needs);
     if outputs.len() == 1 && tracked.len() <= 3 {
         let positions = tracked.iter().map(|(i, _)| *i).collect();
         let result = outputs.into_iter().next().map(Output::into_storage).transpose()?;
-        let op = Direct { node, variables, positions, result: Mutex::new(result) };
+        let op = Direct { node, variables, leaves, positions, result: Mutex::new(result) };
         let output = match tracked[..] {
             [(_, a)] => a.apply_op1(op)?,
             [(_, a), (_, b)] => a.apply_op2(b, op)?,
@@ -155,25 +163,37 @@ fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Ten
         };
         return Ok(vec![output]);
     }
-    tie(node, variables, &tracked, outputs)
+    tie((node, variables, leaves), &tracked, outputs)
 }
 
 /// Makes the chain of tokens and hangs the outputs off its end.
-fn tie(node: Node, variables: Vec<bool>, tracked: &[(usize, &Tensor)], outputs: Vec<Output>) -> Result<Vec<Tensor>> {
+fn tie(
+    (node, variables, leaves): (Node, Vec<bool>, Vec<(usize, Tensor)>),
+    tracked: &[(usize, &Tensor)],
+    outputs: Vec<Output>,
+) -> Result<Vec<Tensor>> {
     let shared = Arc::new(Shared {
         node,
         variables,
+        leaves,
         outputs: Mutex::new(vec![None; outputs.len()]),
         gradients: Mutex::new(vec![None; outputs.len()]),
         input_gradients: Mutex::new(Vec::new()),
     });
     let mut token: Option<Tensor> = None;
-    for (i, (position, input)) in tracked.iter().enumerate() {
-        let join = Join { shared: shared.clone(), position: *position, last: i + 1 == tracked.len() };
-        token = Some(match token {
-            None => input.apply_op1(join)?,
-            Some(token) => token.apply_op2(input, join)?,
+    let mut rest = tracked;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(rest.len().min(if token.is_some() { 2 } else { 3 }));
+        let positions = now.iter().map(|(position, _)| *position).collect();
+        let join = Join { shared: shared.clone(), continues: token.is_some(), positions, last: later.is_empty() };
+        let arguments: Vec<&Tensor> = token.iter().chain(now.iter().map(|(_, input)| *input)).collect();
+        token = Some(match arguments[..] {
+            [a] => a.apply_op1(join)?,
+            [a, b] => a.apply_op2(b, join)?,
+            [a, b, c] => a.apply_op3(b, c, join)?,
+            _ => unreachable!("one to three arguments by construction"),
         });
+        rest = later;
     }
     let Some(token) = token else {
         return Ok(outputs.into_iter().map(Output::into_tensor).collect());

@@ -16,14 +16,20 @@ struct Input {
 
 impl Input {
     /// The input, or something of its shape and dtype that takes no memory: one number, repeated by a stride of 0.
-    fn tensor(&self, gradients: &[Option<Tensor>]) -> candle_core::Result<Tensor> {
+    ///
+    /// `numbers`: the numbers made so far, one a dtype; a segment has hundreds of inputs.
+    fn tensor(&self, gradients: &[Option<Tensor>], numbers: &mut Vec<Tensor>) -> candle_core::Result<Tensor> {
         if let Some(values) = &self.values {
             return Ok(values.clone());
+        }
+        if let Some(number) = numbers.iter().find(|number| number.dtype() == self.dtype) {
+            return number.broadcast_as(&self.shape);
         }
         let number = match gradients.iter().flatten().find(|gradient| gradient.dtype() == self.dtype) {
             Some(gradient) if gradient.elem_count() > 0 => gradient.flatten_all()?.narrow(0, 0, 1)?.reshape(())?,
             _ => Tensor::zeros((), self.dtype, &self.device)?,
         };
+        numbers.push(number.clone());
         number.broadcast_as(&self.shape)
     }
 }
@@ -58,8 +64,12 @@ impl Node {
             .iter()
             .map(|gradient| gradient.as_ref().map(Tensor::contiguous).transpose())
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let inputs =
-            self.inputs.iter().map(|input| input.tensor(&gradients)).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut numbers = Vec::new();
+        let inputs = self
+            .inputs
+            .iter()
+            .map(|input| input.tensor(&gradients, &mut numbers))
+            .collect::<candle_core::Result<Vec<_>>>()?;
         let context =
             Backward { inputs: &inputs, outputs, saved: &self.saved, gradients: &gradients, needs: &self.needs };
         let mut computed = tape::outside(|| self.function.backward(&context))?;

@@ -6,6 +6,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
 
 use super::Node;
+use crate::autograd::leaves;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The slots hold whole values only, so one left by a panicking thread is still good.
@@ -33,6 +34,8 @@ pub(super) struct Direct {
     pub node: Node,
     /// Which inputs are variables.
     pub variables: Vec<bool>,
+    /// The inputs whose gradients go past the graph, with their positions.
+    pub leaves: Vec<(usize, Tensor)>,
     pub positions: Vec<usize>,
     pub result: Slot,
 }
@@ -41,7 +44,8 @@ impl Direct {
     fn gradients(&self, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
         let (outputs, gradients) = ([Some(result.detach())], [Some(gradient.clone())]);
         let mut all = self.node.backward_with_zeros(&self.variables, &outputs, &gradients)?;
-        Ok(self.positions.iter().map(|position| all[*position].take()).collect())
+        leaves::take(&self.leaves, &mut all)?;
+        Ok(self.positions.iter().map(|position| all.get_mut(*position).and_then(Option::take)).collect())
     }
 }
 
@@ -138,31 +142,43 @@ pub(super) struct Shared {
     pub node: Node,
     /// Which inputs are variables.
     pub variables: Vec<bool>,
+    /// The inputs whose gradients go past the graph, with their positions.
+    pub leaves: Vec<(usize, Tensor)>,
     pub outputs: Mutex<Vec<Option<Tensor>>>,
     pub gradients: Mutex<Vec<Option<Tensor>>>,
     pub input_gradients: Mutex<Vec<Option<Tensor>>>,
 }
 
-/// Ties one more input to the token. The last one to be tied is the first to be visited in the backward pass, after
-/// all outputs: it runs the function's backward pass for all.
+/// Ties up to two more inputs to the token (the first: up to three inputs to a new one). The last one to be tied is the
+/// first to be visited in the backward pass, after all outputs: it runs the function's backward pass for all.
 pub(super) struct Join {
     pub shared: Arc<Shared>,
-    pub position: usize,
+    /// Whether the first argument is the token so far.
+    pub continues: bool,
+    /// Of the inputs that are the other arguments.
+    pub positions: Vec<usize>,
     pub last: bool,
 }
 
 impl Join {
-    fn gradient(&self) -> candle_core::Result<Option<Tensor>> {
+    /// The gradients of the arguments; the token's is any number, for nobody reads it.
+    fn gradients(&self, first: &Tensor) -> candle_core::Result<[Option<Tensor>; 3]> {
         if self.last {
             let outputs = std::mem::take(&mut *lock(&self.shared.outputs));
             let gradients = std::mem::take(&mut *lock(&self.shared.gradients));
             // The slots are left empty but of the right length: the same graph may be walked again.
             *lock(&self.shared.outputs) = vec![None; outputs.len()];
             *lock(&self.shared.gradients) = vec![None; gradients.len()];
-            let computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
+            let mut computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
+            leaves::take(&self.shared.leaves, &mut computed)?;
             *lock(&self.shared.input_gradients) = computed;
         }
-        Ok(lock(&self.shared.input_gradients).get_mut(self.position).and_then(Option::take))
+        let mut computed = lock(&self.shared.input_gradients);
+        let mut arguments = [None, None, None];
+        let token = self.continues.then(|| Some(first.detach()));
+        let inputs = self.positions.iter().map(|position| computed.get_mut(*position).and_then(Option::take));
+        arguments.iter_mut().zip(token.into_iter().chain(inputs)).for_each(|(argument, value)| *argument = value);
+        Ok(arguments)
     }
 }
 
@@ -172,7 +188,9 @@ fn scalar_cpu() -> (CpuStorage, Shape) {
 
 fn scalar_cuda(storage: &CudaStorage) -> candle_core::Result<(CudaStorage, Shape)> {
     let shape = Shape::from(());
-    Ok((storage.device().zeros_impl(&shape, DType::F32)?, shape))
+    // SAFETY: the number of a token is added to others of its kind, and never looked at.
+    let scalar = unsafe { storage.device().alloc_uninit(&shape, DType::F32)? };
+    Ok((scalar, shape))
 }
 
 impl CustomOp1 for Join {
@@ -185,8 +203,9 @@ impl CustomOp1 for Join {
     fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         scalar_cuda(storage)
     }
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.gradient()
+    fn bwd(&self, first: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let [first, ..] = self.gradients(first)?;
+        Ok(first)
     }
 }
 
@@ -214,13 +233,52 @@ impl CustomOp2 for Join {
     }
     fn bwd(
         &self,
-        token: &Tensor,
+        first: &Tensor,
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let gradient = self.gradient()?;
-        Ok((Some(token.zeros_like()?), gradient))
+        let [first, second, _] = self.gradients(first)?;
+        Ok((first, second))
+    }
+}
+
+impl CustomOp3 for Join {
+    fn name(&self) -> &'static str {
+        self.shared.node.name()
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(scalar_cpu())
+    }
+    fn cuda_fwd(
+        &self,
+        storage: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        scalar_cuda(storage)
+    }
+    fn bwd(
+        &self,
+        first: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [first, second, third] = self.gradients(first)?;
+        Ok((first, second, third))
     }
 }
 
@@ -244,6 +302,6 @@ impl CustomOp1 for Release {
     fn bwd(&self, token: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
         lock(&self.shared.outputs)[self.index] = Some(result.detach());
         lock(&self.shared.gradients)[self.index] = Some(gradient.clone());
-        Ok(Some(token.zeros_like()?))
+        Ok(Some(token.detach()))
     }
 }

@@ -28,7 +28,7 @@ impl Output {
         }
     }
 
-    pub(in crate::autograd) fn into_tensor(self) -> Tensor {
+    pub(crate) fn into_tensor(self) -> Tensor {
         match self {
             Output::Fresh(storage, shape) => Tensor::from_storage(storage, shape, BackpropOp::none(), false),
             Output::Tensor(tensor) => tensor.detach(),

@@ -40,7 +40,7 @@ impl Sums {
     fn accumulate(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
         let sum = match self.0.remove(&id) {
             None => gradient,
-            Some(sum) => sum.add(&gradient)?,
+            Some(sum) => crate::ops::sum(&sum, &gradient)?,
         };
         self.0.insert(id, sum);
         Ok(())

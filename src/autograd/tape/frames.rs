@@ -56,6 +56,24 @@ fn run<T>(frame: Frame, segment: impl FnOnce() -> T) -> (T, Option<Frame>) {
     (result, frame)
 }
 
+/// Whether there are frames on this thread.
+pub(in crate::autograd) fn has_frames() -> bool {
+    FRAMES.with(|frames| !frames.borrow().is_empty())
+}
+
+/// Runs code that has nothing to do with what this thread was doing.
+pub(in crate::autograd) fn apart<T>(run: impl FnOnce() -> T) -> T {
+    struct Restore(Vec<Frame>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            let rest = FRAMES.with(|frames| frames.replace(std::mem::take(&mut self.0)));
+            drop(rest);
+        }
+    }
+    let _restore = Restore(FRAMES.with(RefCell::take));
+    run()
+}
+
 /// What the topmost frame says.
 pub(in crate::autograd) fn mode() -> Mode {
     FRAMES.with(|frames| match frames.borrow().last() {

@@ -23,12 +23,12 @@ mod tests;
 
 use std::collections::HashSet;
 
-use candle_core::{Tensor, TensorId};
+use candle_core::{Shape, Tensor, TensorId};
 
 use crate::{Error, Result};
 pub use backward::Gradients;
 pub(super) use discovery::{Discovery, Kept, discover, see};
-pub(super) use frames::{Mode, mode, outside, run_discovery};
+pub(super) use frames::{Mode, apart, has_frames, mode, outside, run_discovery};
 use recording::Tape;
 pub(super) use recording::{note, note_views};
 
@@ -37,6 +37,15 @@ pub struct Recording {
     tape: Tape,
     inputs: Vec<Option<TensorId>>,
     outputs: Vec<Tensor>,
+    /// What the backward pass has to know of the outputs: ids of those to be differentiated, and shapes.
+    ends: Vec<(Option<TensorId>, Shape)>,
+}
+
+impl Recording {
+    /// Whether nothing is to be differentiated.
+    pub(super) fn is_constant(&self) -> bool {
+        self.tape.notes.is_empty() && !self.outputs.iter().any(Tensor::track_op)
+    }
 }
 
 /// Runs a segment on a tape.
@@ -85,10 +94,11 @@ pub(super) fn record_with(
         return Err(Error::OffTape { function });
     }
     let outputs = result?;
+    let mut ends = Vec::with_capacity(outputs.len());
     for output in &outputs {
-        tape.classify("the end of the segment", output)?;
+        ends.push((tape.classify("the end of the segment", output)?, output.shape().clone()));
     }
-    Ok(Recording { tape, inputs, outputs })
+    Ok(Recording { tape, inputs, outputs, ends })
 }
 
 /// Another tensor with the same storage: a part of a graph if the tensor is one, so that it serves as an input of its
@@ -106,26 +116,36 @@ impl Recording {
         self.outputs.iter().map(Tensor::detach).collect()
     }
 
+    /// The same for the last time: the recording keeps none.
+    pub(super) fn take_outputs(&mut self) -> Vec<Tensor> {
+        std::mem::take(&mut self.outputs).into_iter().map(|output| output.detach()).collect()
+    }
+
+    /// The variables that the segment closes over.
+    pub(super) fn variables(&self) -> &[Tensor] {
+        &self.tape.variables
+    }
+
     /// The gradients of a loss with respect to the segment's inputs and variables, from those with respect to its
     /// outputs (`None` for an output that is no part of the loss).
     ///
     /// # Errors
     /// Those of the functions' backward passes; [`Error::Argument`] for a gradient of another shape than its output.
     pub fn backward(self, gradients: &[Option<Tensor>]) -> Result<Gradients> {
-        let Recording { tape, inputs, outputs } = self;
-        if gradients.len() != outputs.len() {
-            let (expected, found) = (format!("{}, one an output", outputs.len()), gradients.len().to_string());
+        let Recording { tape, inputs, ends, .. } = self;
+        if gradients.len() != ends.len() {
+            let (expected, found) = (format!("{}, one an output", ends.len()), gradients.len().to_string());
             return Err(Error::argument("Recording::backward", "gradients", expected, found));
         }
         let mut seeds = Vec::new();
-        for (output, gradient) in outputs.into_iter().zip(gradients) {
+        for ((id, shape), gradient) in ends.into_iter().zip(gradients) {
             let Some(gradient) = gradient else { continue };
-            if gradient.shape() != output.shape() {
-                let (expected, found) = (format!("{:?}", output.dims()), format!("{:?}", gradient.dims()));
+            if gradient.shape() != &shape {
+                let (expected, found) = (format!("{:?}", shape.dims()), format!("{:?}", gradient.dims()));
                 return Err(Error::argument("Recording::backward", "gradients", expected, found));
             }
-            if output.track_op() {
-                seeds.push((output.id(), gradient.detach()));
+            if let Some(id) = id {
+                seeds.push((id, gradient.detach()));
             }
         }
         backward::backward(tape, inputs, seeds)

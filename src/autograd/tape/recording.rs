@@ -25,6 +25,8 @@ pub(super) struct Tape {
     pub notes: Vec<Note>,
     /// The tensors to be differentiated: inputs, leaves, outputs of notes.
     known: HashSet<TensorId>,
+    /// The variables that are no inputs, in the order in which they were met.
+    pub variables: Vec<Tensor>,
     /// The first function that a tensor reached which is not on the tape and should be.
     pub off_tape: Option<&'static str>,
     /// Results kept from a first run, in order.
@@ -51,6 +53,7 @@ impl Tape {
                 return Err(Error::OffTape { function });
             }
             self.known.insert(tensor.id());
+            self.variables.push(tensor.clone());
         }
         Ok(Some(tensor.id()))
     }

@@ -109,13 +109,25 @@ impl Folder {
     /// too many.
     pub fn weights(&self, shapes: &BTreeMap<String, Vec<usize>>, dtype: DType, device: &Device) -> Result<Weights> {
         let file = self.tensors()?;
-        // transformers 5 writes a text encoder without projection without this prefix.
-        let short = |name: &String| name.strip_prefix("text_model.").unwrap_or(name).to_string();
-        let bare = file.info("embeddings.token_embedding.weight").is_some();
-        let bare: Option<BTreeMap<_, _>> =
-            bare.then(|| shapes.iter().map(|(name, shape)| (short(name), shape.clone())).collect());
-        let shapes = bare.as_ref().unwrap_or(shapes);
+        let shapes = as_the_file_names_them(&file, shapes);
+        let shapes = &shapes;
         file.expect(&Expected { prefix: "", shapes, ignored: &["position_ids"] })?;
         Ok(Weights::from_file(file, dtype, device))
     }
+}
+
+/// The names and shapes that a network asks for, with the names of other versions where the file has these. The networks
+/// look for both.
+fn as_the_file_names_them(file: &TensorFile, shapes: &BTreeMap<String, Vec<usize>>) -> BTreeMap<String, Vec<usize>> {
+    // transformers 5 writes a text encoder without projection without this prefix.
+    let bare = file.info("embeddings.token_embedding.weight").is_some();
+    // diffusers before 0.15 wrote the attention of autoencoders with these names.
+    let old = file.names().any(|name| name.ends_with("mid_block.attentions.0.query.weight"));
+    let attention = [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
+    let name = |name: &String| match () {
+        () if bare => name.strip_prefix("text_model.").unwrap_or(name).to_string(),
+        () if old => attention.iter().fold(name.clone(), |name, (new, old)| name.replace(new, old)),
+        () => name.clone(),
+    };
+    shapes.iter().map(|(asked, shape)| (name(asked), shape.clone())).collect()
 }

@@ -4,8 +4,8 @@ use candle_core::Tensor;
 
 use super::Config;
 use crate::Result;
-use crate::nn::{Conv2d, GroupNorm, Linear, Weights};
-use crate::ops::{self, Activation, Mask};
+use crate::nn::{Conv2d, GroupNorm, Linear, Loras, Weights};
+use crate::ops::{self, Activation, Addends, Mask};
 
 /// Epsilon of all group norms (diffusers passes it in code, not in the configuration).
 const EPS: f64 = 1e-6;
@@ -41,11 +41,10 @@ impl Resnet {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv1.forward(&self.norm1.forward_with(x, Activation::Silu)?)?;
-        let y = self.conv2.forward(&self.norm2.forward_with(&y, Activation::Silu)?)?;
-        match &self.conv_shortcut {
-            Some(shortcut) => Ok((shortcut.forward(x)? + y)?),
-            None => Ok((x + y)?),
-        }
+        let y = self.norm2.forward_with(&y, Activation::Silu)?;
+        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
+        let residual = Addends { residual: Some(shortcut.as_ref().unwrap_or(x)), ..Addends::default() };
+        self.conv2.forward_adding(&y, &Loras::none(), &residual)
     }
 }
 
@@ -79,8 +78,9 @@ impl Attention {
         let (batch, height, width, channels) = x.dims4()?;
         let y = self.group_norm.forward(x)?.reshape((batch, height * width, channels))?;
         let (q, k, v) = (self.to_q.forward(&y)?, self.to_k.forward(&y)?, self.to_v.forward(&y)?);
-        let y = self.to_out.forward(&ops::attention(&q, (&k, &v), None, 1, Mask::None)?)?;
-        Ok((x + y.reshape(x.shape())?)?)
+        let y = ops::attention(&q, (&k, &v), None, 1, Mask::None)?;
+        let residual = ops::reshape(x, y.shape())?;
+        Ok(ops::reshape(&self.to_out.forward_adding(&y, &Loras::none(), Some(&residual))?, x.shape())?)
     }
 }
 
@@ -150,7 +150,8 @@ impl Stage {
         };
         let resample = match (last, direction) {
             (true, _) => None,
-            (false, Direction::Down) => Some(Resample::Down(conv("downsamplers", 2, 0)?)),
+            // Zeros on the right and below only, as the original autoencoder has them.
+            (false, Direction::Down) => Some(Resample::Down(conv("downsamplers", 2, 0)?.with_padding_end(1))),
             (false, Direction::Up) => Some(Resample::Up(conv("upsamplers", 1, 1)?)),
         };
         Ok(Stage { resnets, resample })
@@ -160,8 +161,7 @@ impl Stage {
         let x = self.resnets.iter().try_fold(x.clone(), |x, resnet| resnet.forward(&x))?;
         match &self.resample {
             None => Ok(x),
-            // Zeros on the right and below only, as the original autoencoder has them.
-            Some(Resample::Down(conv)) => conv.forward(&x.pad_with_zeros(1, 0, 1)?.pad_with_zeros(2, 0, 1)?),
+            Some(Resample::Down(conv)) => conv.forward(&x),
             Some(Resample::Up(conv)) => conv.forward(&ops::upsample_nearest_2x(&x)?),
         }
     }

@@ -3,6 +3,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{AutoencoderKl, Config, Posterior};
 use crate::Result;
 use crate::autograd::check_gradients;
+use crate::formats::diffusers::Folder;
 use crate::models::roles::{LatentDecoder, LatentEncoder};
 use crate::nn::{Parameters, Weights};
 use crate::random::Address;
@@ -68,6 +69,32 @@ fn a_posterior_is_sampled_with_its_own_deviation_and_by_address() -> Result<()> 
     assert_eq!(sample.flatten_all()?.to_vec1::<f64>()?, again.flatten_all()?.to_vec1::<f64>()?);
     // The second of the batch has an address of its own.
     assert_ne!(sample.get(0)?.flatten_all()?.to_vec1::<f64>()?, sample.get(1)?.flatten_all()?.to_vec1::<f64>()?);
+    Ok(())
+}
+
+#[test]
+fn files_with_the_attention_names_of_before_diffusers_0_15_are_read() -> Result<()> {
+    let (model, parameters) = load(DType::F64)?;
+    let old = |name: String| {
+        let names = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")];
+        names.iter().fold(name, |name, (new, old)| name.replace(&format!(".{new}."), &format!(".{old}.")))
+    };
+    let tensors = parameters.all().into_iter().map(|(name, tensor)| (old(name), tensor.as_detached_tensor()));
+    let tensors: std::collections::HashMap<_, _> = tensors.collect();
+    assert!(tensors.contains_key("decoder.mid_block.attentions.0.proj_attn.bias"));
+    assert!(!tensors.keys().any(|name| name.contains(".to_")));
+    let folder = tempfile::tempdir().unwrap();
+    candle_core::safetensors::save(&tensors, folder.path().join("diffusion_pytorch_model.safetensors"))?;
+    let asked = Weights::shapes_only();
+    AutoencoderKl::load(&tiny(), &asked)?;
+    let folder = Folder::open(folder.path(), None)?;
+    let same = AutoencoderKl::load(&tiny(), &folder.weights(&asked.shapes(), DType::F64, &Device::Cpu)?)?;
+    let images = random("images", (1, 3, 4, 6), DType::F64)?;
+    let noise = Address::new(0, "posterior");
+    let (ours, theirs) = (model.encode(&images, noise)?, same.encode(&images, noise)?);
+    assert_eq!(ours.flatten_all()?.to_vec1::<f64>()?, theirs.flatten_all()?.to_vec1::<f64>()?);
+    let (ours, theirs) = (model.decode(&ours)?, same.decode(&theirs)?);
+    assert_eq!(ours.flatten_all()?.to_vec1::<f64>()?, theirs.flatten_all()?.to_vec1::<f64>()?);
     Ok(())
 }
 

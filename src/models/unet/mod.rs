@@ -22,6 +22,7 @@ pub use config::Config;
 pub use freeu::FreeU;
 pub use pass::{ImageTokens, KeyValues, Pass, Recording};
 
+use crate::autograd::{differentiates, on_pool, taped};
 use crate::nn::{Conv2d, GroupNorm, Weights};
 use crate::ops::{Activation, to_channels_first, to_channels_last};
 use crate::{Error, Result};
@@ -182,6 +183,20 @@ impl UNet {
         conditioning: &Conditioning,
         pass: &Pass,
     ) -> Result<Tensor> {
+        let steps = timesteps.to_vec();
+        let mut outputs = self.run_pass(latents, conditioning, pass, move |unet, latents, conditioning, pass| {
+            Ok(vec![unet.predict(latents, &steps, conditioning, pass)?])
+        })?;
+        Ok(outputs.swap_remove(0))
+    }
+
+    fn predict(
+        &self,
+        latents: &Tensor,
+        timesteps: &[usize],
+        conditioning: &Conditioning,
+        pass: &Pass,
+    ) -> Result<Tensor> {
         let (x, time) = self.start("UNet::forward", latents, timesteps, conditioning, pass)?;
         let mut run = Run::new(&time, conditioning, pass, None, None);
         let hidden = self.run(x, &mut run, true)?;
@@ -214,10 +229,56 @@ impl UNet {
             let found = format!("{:?}, none of which begins a block's name", recording.blocks);
             return Err(Error::argument("UNet::record", "recording.blocks", format!("some of {names:?}"), found));
         };
-        let (x, time) = self.start("UNet::record", latents, timesteps, conditioning, pass)?;
-        let mut run = Run::new(&time, conditioning, pass, Some(recording), Some(last));
-        self.run(x, &mut run, false)?;
-        Ok(run.recorded)
+        let (steps, last) = (timesteps.to_vec(), last.clone());
+        let (recording, mut recorded_names) = (recording.clone(), Vec::new());
+        recorded_names.extend(names.into_iter().filter(|name| recording.includes(name)));
+        let order = recorded_names.clone();
+        let recorded = self.run_pass(latents, conditioning, pass, move |unet, latents, conditioning, pass| {
+            let (x, time) = unet.start("UNet::record", latents, &steps, conditioning, pass)?;
+            let mut run = Run::new(&time, conditioning, pass, Some(&recording), Some(&last));
+            unet.run(x, &mut run, false)?;
+            let pairs = order.iter().filter_map(|name| run.recorded.get(name));
+            Ok(pairs.flat_map(|(key, value)| [key.clone(), value.clone()]).collect())
+        })?;
+        let (mut key_values, mut recorded) = (KeyValues::default(), recorded.into_iter());
+        for (name, (key, value)) in
+            recorded_names.into_iter().zip(std::iter::from_fn(|| recorded.next().zip(recorded.next())))
+        {
+            key_values.insert(name, key, value);
+        }
+        Ok(key_values)
+    }
+
+    /// Runs a pass: on a tape, unless it is recomputed in a graph of candle's, where segments are taped one by one. What may
+    /// need a gradient goes in through the tape's inputs.
+    fn run_pass<F>(&self, latents: &Tensor, conditioning: &Conditioning, pass: &Pass, run: F) -> Result<Vec<Tensor>>
+    where
+        F: Fn(&UNet, &Tensor, &Conditioning, &Pass) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+    {
+        if pass.freeu.is_some() || (pass.recompute && !differentiates()) {
+            return on_pool(latents.device(), || run(self, latents, conditioning, pass));
+        }
+        let image = pass.image_tokens.as_ref().map(|tokens| &tokens.key_values);
+        let key_values = pass.reference.iter().chain(image).flat_map(KeyValues::iter);
+        let tensors: Vec<&Tensor> = [latents, &conditioning.hidden_states, &conditioning.pooled]
+            .into_iter()
+            .chain(key_values.flat_map(|(_, (key, value))| [key, value]))
+            .collect();
+        let (unet, conditioning, pass) = (self.clone(), conditioning.clone(), pass.clone());
+        let segment = move |tensors: &[Tensor]| {
+            let mut rest = tensors[3..].iter();
+            let mut next =
+                |key_values: &KeyValues| key_values.map(|_, tensor| Ok(rest.next().unwrap_or(tensor).clone()));
+            let mut pass = pass.clone();
+            pass.reference = pass.reference.as_ref().map(&mut next).transpose()?;
+            if let Some(tokens) = &mut pass.image_tokens {
+                tokens.key_values = next(&tokens.key_values)?;
+            }
+            let (hidden_states, pooled) = (tensors[1].clone(), tensors[2].clone());
+            let conditioning = Conditioning { hidden_states, pooled, time_ids: conditioning.time_ids.clone() };
+            run(&unet, &tensors[0], &conditioning, &pass)
+        };
+        on_pool(latents.device(), || taped(&tensors, segment))
     }
 
     /// Checks the arguments, and computes the first hidden states, channels-last, and the time embedding.

@@ -208,27 +208,44 @@ fn recomputed_segments_run_on_the_tape_alone_and_give_the_same_gradients() -> Re
     let (latents, text) = (Var::from_tensor(&normal("latents", &[2, 4, 4, 4])?)?, conditioning(&config, 2)?);
     let mut gradients = Vec::new();
     let before = recomputations();
-    for (recompute, keep_attention) in [(false, false), (true, false), (true, true)] {
+    for (recompute, keep_attention, whole) in [
+        (false, false, false),
+        (true, false, false),
+        (true, true, false),
+        (false, false, true),
+        (true, false, true),
+        (true, true, true),
+    ] {
         let pass = Pass { loras: Loras::one(&lora, 0.7), recompute, keep_attention, ..Pass::default() };
-        let recording = Recording::default();
-        let reference = unet.record(&latents, &[500, 20], &text, &pass, &recording)?;
-        let pass = Pass { reference: Some(reference), ..pass };
-        let loss = unet.forward(&latents, &[20, 700], &text, &pass)?.sqr()?.mean_all()?;
-        gradients.push(loss.backward()?);
+        let loss = || {
+            let reference = unet.record(&latents, &[500, 20], &text, &pass, &Recording::default())?;
+            let pass = Pass { reference: Some(reference), ..pass.clone() };
+            Ok(unet.forward(&latents, &[20, 700], &text, &pass)?.sqr()?.mean_all()?)
+        };
+        // `autograd::gradients` makes one function of each of the two passes.
+        gradients.push(match whole {
+            true => crate::autograd::gradients(|| loss().map(Some))?.unwrap(),
+            false => loss()?.backward()?,
+        });
     }
     let after = recomputations();
     // Eight resnets and four transformers; the recording ends before the last two resnets.
     assert_eq!(after.on_graph, before.on_graph);
-    assert_eq!(after.on_tape - before.on_tape, 2 * 22);
+    assert_eq!(after.on_tape - before.on_tape, 4 * 22);
     let mut all = parameters.all();
-    all.push(("latents".into(), latents));
+    all.push(("latents".into(), latents.clone()));
     for (name, variable) in all {
-        let [Some(plain), Some(recomputed), Some(kept)] = [0, 1, 2].map(|i| gradients[i].get(&variable)) else {
-            panic!("no gradient for {name}");
-        };
-        let size = plain.abs()?.max_all()?.to_scalar::<f64>()?;
-        assert!(size > 0.0 && distance(plain, recomputed)? < 1e-12 * size.max(1e-3), "{name}");
-        assert_eq!(distance(recomputed, kept)?, 0.0, "{name}");
+        let of = |i: usize| gradients[i].get(&variable).unwrap_or_else(|| panic!("no gradient for {name}"));
+        let size = of(0).abs()?.max_all()?.to_scalar::<f64>()?;
+        assert!(size > 0.0, "{name}");
+        for i in 1..gradients.len() {
+            assert!(distance(of(0), of(i))? < 1e-12 * size.max(1e-3), "{name}, {i}");
+        }
+        assert_eq!(distance(of(1), of(2))?, 0.0, "{name}");
     }
+    let whole = crate::autograd::tape::record(&[latents.as_tensor().clone()], |x| {
+        Ok(vec![unet.forward(&x[0], &[20, 700], &text, &Pass { recompute: true, ..Pass::default() })?])
+    });
+    assert!(whole.is_ok(), "a pass uses an operation of candle's own");
     Ok(())
 }

@@ -30,7 +30,7 @@ impl Attention {
         let mut to_v = Linear::load(width, channels, false, &weights.pp("to_v"))?;
         let stacked = match context {
             None => StackedLinear::new(&mut [&mut to_q, &mut to_k, &mut to_v])?,
-            Some(_) => StackedLinear::new(&mut [&mut to_k, &mut to_v])?,
+            Some(_) => None, // the transformer stacks those of all its blocks
         };
         let to_out = Linear::load(channels, channels, true, &weights.pp("to_out").pp(0))?;
         Ok(Attention { to_q, to_k, to_v, to_out, stacked, heads })
@@ -55,17 +55,22 @@ impl Attention {
         }
     }
 
-    /// Cross-attention of normed hidden states to text and, where there are any, image tokens with a scale.
+    /// Cross-attention of normed hidden states to text (or its keys and values, where they are there already) and, where
+    /// there are any, image tokens with a scale.
     fn attend_to_text(
         &self,
         x: &Tensor,
-        text: &Tensor,
+        (text, text_key_value): (&Tensor, Option<&Tensor>),
         image: Option<(&(Tensor, Tensor), f64)>,
         loras: &Loras,
     ) -> Result<Tensor> {
         let image = image.map(|((key, value), scale)| ((key, value), scale));
         let query = self.to_q.forward_adapted(x, loras)?;
-        if let Some(packed) = self.stacked(text, loras)? {
+        let packed = match text_key_value {
+            Some(packed) => Some(packed.clone()),
+            None => self.stacked(text, loras)?,
+        };
+        if let Some(packed) = packed {
             return ops::cross_attention_packed(&query, &packed, image, self.heads);
         }
         let (key, value) = self.key_value(text, loras)?;
@@ -128,7 +133,7 @@ impl TransformerBlock {
         &self,
         hidden: &Tensor,
         normed: &Tensor,
-        text: &Tensor,
+        text: (&Tensor, Option<&Tensor>),
         inputs: &BlockInputs,
         pass: &Pass,
         next_norm: Option<&LayerNorm>,
@@ -144,7 +149,7 @@ impl TransformerBlock {
         let attended = self.attn2.to_out.forward_adapted(&attended, loras)?;
         let (hidden, normed) = self.norm3.forward_adding(&attended, &hidden)?;
 
-        let gated = ops::geglu(&self.proj.forward_adapted(&normed, loras)?)?;
+        let gated = self.proj.forward_geglu(&normed, loras)?;
         match next_norm {
             Some(norm) => {
                 let (hidden, normed) = norm.forward_adding(&self.out.forward_adapted(&gated, loras)?, &hidden)?;
@@ -168,19 +173,30 @@ pub(super) struct Transformer {
     norm: GroupNorm,
     proj_in: Linear,
     blocks: Vec<TransformerBlock>,
+    /// Keys and values of the text for all blocks in one product, where frozen weights lie on a GPU.
+    text_projections: Option<StackedLinear>,
     proj_out: Linear,
 }
 
 impl Transformer {
     pub fn load(config: &Config, level: usize, weights: &Weights) -> Result<Self> {
         let (channels, heads) = (config.block_out_channels[level], config.attention_heads[level]);
-        let blocks = (0..config.transformer_layers_per_block[level])
+        let mut blocks = (0..config.transformer_layers_per_block[level])
             .map(|i| TransformerBlock::load(config, channels, heads, &weights.pp("transformer_blocks").pp(i)))
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
+        let mut projections: Vec<&mut Linear> =
+            blocks.iter_mut().flat_map(|block| [&mut block.attn2.to_k, &mut block.attn2.to_v]).collect();
+        let text_projections = StackedLinear::new(&mut projections)?;
+        if let Some(all) = &text_projections {
+            for (i, block) in blocks.iter_mut().enumerate() {
+                block.attn2.stacked = Some(all.part(2 * i, 2)?);
+            }
+        }
         Ok(Transformer {
             norm: GroupNorm::load(config.norm_num_groups, channels, 1e-6, &weights.pp("norm"))?,
             proj_in: Linear::load(channels, channels, true, &weights.pp("proj_in"))?,
             blocks,
+            text_projections,
             proj_out: Linear::load(channels, channels, true, &weights.pp("proj_out"))?,
         })
     }
@@ -204,6 +220,10 @@ impl Transformer {
         let (batch, height, width, channels) = x.dims4()?;
         let tokens = ops::reshape(&self.norm.forward(x)?, (batch, height * width, channels))?;
         let mut hidden = self.proj_in.forward_adapted(&tokens, &pass.loras)?;
+        let text_key_values = match &self.text_projections {
+            Some(all) => all.forward_parts(text, self.blocks.len(), &pass.loras)?,
+            None => None,
+        };
         let mut recorded = Vec::new();
         let mut normed = None;
         for (i, (block, inputs)) in self.blocks.iter().zip(inputs).enumerate() {
@@ -218,6 +238,7 @@ impl Transformer {
                 }
             }
             let next_norm = self.blocks.get(i + 1).map(|next| &next.norm1);
+            let text = (text, text_key_values.as_ref().map(|all| &all[i]));
             (hidden, normed) = block.forward(&hidden, &block_input, text, inputs, pass, next_norm)?;
         }
         let residual = ops::reshape(x, (batch, height * width, channels))?;

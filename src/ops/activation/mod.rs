@@ -2,7 +2,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -38,7 +38,7 @@ impl Activation {
         match self {
             Activation::None => x,
             Activation::Silu => x * sigmoid(x),
-            Activation::Gelu => x * normal_distribution(x),
+            Activation::Gelu => x * x.normal_distribution(),
             Activation::QuickGelu => x * sigmoid(T::of(QUICK_GELU) * x),
             // Written so that NaN passes through.
             Activation::Relu => {
@@ -61,7 +61,7 @@ impl Activation {
                 let s = sigmoid(x);
                 s + x * s * (one - s)
             }
-            Activation::Gelu => normal_distribution(x) + x * normal_density(x),
+            Activation::Gelu => x.normal_distribution() + x * normal_density(x),
             Activation::QuickGelu => {
                 let s = sigmoid(T::of(QUICK_GELU) * x);
                 s + T::of(QUICK_GELU) * x * s * (one - s)
@@ -75,6 +75,32 @@ impl Activation {
             }
         }
     }
+
+    /// Replaces every number by the function's value.
+    #[inline(always)]
+    pub(crate) fn replace<T: Real>(self, xs: &mut [T]) {
+        // One loop a function: no choice inside.
+        match self {
+            Activation::None => {}
+            Activation::Silu => xs.iter_mut().for_each(|x| *x = Activation::Silu.value(*x)),
+            Activation::Gelu => xs.iter_mut().for_each(|x| *x = Activation::Gelu.value(*x)),
+            Activation::QuickGelu => xs.iter_mut().for_each(|x| *x = Activation::QuickGelu.value(*x)),
+            Activation::Relu => xs.iter_mut().for_each(|x| *x = Activation::Relu.value(*x)),
+        }
+    }
+
+    /// Replaces every argument by the function's derivative there times the gradient of the value.
+    #[inline(always)]
+    pub(crate) fn replace_by_gradient<T: Real>(self, xs: &mut [T], gradient: &[T]) {
+        let pairs = xs.iter_mut().zip(gradient);
+        match self {
+            Activation::None => pairs.for_each(|(x, g)| *x = *g),
+            Activation::Silu => pairs.for_each(|(x, g)| *x = *g * Activation::Silu.derivative(*x)),
+            Activation::Gelu => pairs.for_each(|(x, g)| *x = *g * Activation::Gelu.derivative(*x)),
+            Activation::QuickGelu => pairs.for_each(|(x, g)| *x = *g * Activation::QuickGelu.derivative(*x)),
+            Activation::Relu => pairs.for_each(|(x, g)| *x = *g * Activation::Relu.derivative(*x)),
+        }
+    }
 }
 
 const QUICK_GELU: f64 = 1.702;
@@ -83,11 +109,6 @@ const QUICK_GELU: f64 = 1.702;
 fn sigmoid<T: Real>(x: T) -> T {
     // exp overflows to infinity for very negative x, of which the reciprocal is the right limit, 0.
     T::of(1.0) / (T::of(1.0) + (-x).exp())
-}
-
-#[inline(always)]
-fn normal_distribution<T: Real>(x: T) -> T {
-    T::of(0.5) * (T::of(1.0) + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
 }
 
 #[inline(always)]

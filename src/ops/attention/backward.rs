@@ -3,9 +3,9 @@ use rayon::prelude::*;
 
 use super::Attention;
 use super::exponential::Exponential;
-use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces};
+use super::view::{KEYS, QUERIES, Tile, View, dot, exponentials, pieces, score_gradient};
 use crate::autograd::Backward;
-use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Threads, matmul, tensor, values, zeros};
 use crate::{Error, Result};
 
 /// Fewer heads in a batch than this are split into spans of queries, so that a single wide head (of the VAE) keeps several
@@ -62,17 +62,20 @@ pub(super) fn backward<T: Exponential>(op: &Attention, context: &Backward<'_>) -
             continue;
         }
         let (input_batch, input_tokens, _) = input.dims3()?;
-        let mut sum = vec![T::of(0.0); input.elem_count()];
-        // Always in the order of the parts, so that sums over spans and over a batch are the same every time.
-        for (part, computed) in parts.iter().zip(&computed) {
-            let sample = if input_batch == 1 { 0 } else { part.sample };
-            let start = if index == 0 { part.queries.0 } else { 0 };
-            let first = (sample * input_tokens + start) * channels + part.head * width;
-            for (token, row) in computed[index].chunks_exact(width).enumerate() {
-                let target = &mut sum[first + token * channels..][..width];
-                target.iter_mut().zip(row).for_each(|(sum, x)| *sum += *x);
+        let mut sum = zeros::<T>(input.elem_count());
+        // All parts add to a shared input, those of a sample to the sample's own. Always in the order of the parts, so
+        // that sums over spans and over a batch are the same every time.
+        let adding = (parts.len() / input_batch.max(1)).max(1);
+        let adding = parts.par_chunks(adding).zip(computed.par_chunks(adding));
+        sum.par_chunks_mut((input_tokens * channels).max(1)).zip(adding).for_each(|(sum, (parts, computed))| {
+            for (part, computed) in parts.iter().zip(computed) {
+                let start = if index == 0 { part.queries.0 } else { 0 };
+                for (token, row) in computed[index].chunks_exact(width).enumerate() {
+                    let target = &mut sum[(start + token) * channels + part.head * width..][..width];
+                    target.iter_mut().zip(row).for_each(|(sum, x)| *sum += *x);
+                }
             }
-        }
+        });
         gradients.push(Some(tensor(sum, input.shape())?));
     }
     Ok(gradients)
@@ -154,7 +157,7 @@ impl<T: Exponential> Pass<'_, T> {
                     matmul(slopes, keys, false, g_rows, v_rows.transposed(), one, Threads::No);
                     let rows = slopes.chunks_exact_mut(keys).zip(scores.chunks_exact(keys));
                     for ((slopes, probabilities), delta) in rows.zip(&deltas[from..]) {
-                        slopes.iter_mut().zip(probabilities).for_each(|(s, p)| *s = *p * (*s - *delta));
+                        score_gradient(slopes, probabilities, *delta);
                     }
                     let slopes = Matrix::row_major(slopes, queries, keys);
                     if needs_q {

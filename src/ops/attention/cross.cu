@@ -66,6 +66,7 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
   T *keys = reinterpret_cast<T *>(shared + WARPS * STAGES * SLOTS * sizeof(uint4)), *values = keys + TEXT_SIZE;
   T *image_keys = values + TEXT_SIZE, *image_values = image_keys + IMAGE_SIZE;
 
+  lcm::wait_for_previous();
   // The keys go first: everything waits for them, and they would queue behind the queries of all blocks.
   const bool image = portable::sees_reference(a, sample);
   copy_keys<T, TEXT>(keys, a.k, sample * a.k_batch + column, a.k_row, a.own_tokens);
@@ -116,7 +117,7 @@ template <typename T, int TEXT, int IMAGE> __global__ void __launch_bounds__(THR
 template <typename T, int TEXT, int IMAGE> int launch_forward(const Forward &call, cudaStream_t stream) {
   const LcmAttention &a = call.a;
   const size_t shared = WARPS * STAGES * 4 * 32 * sizeof(uint4) + 2 * 16 * (TEXT + IMAGE) * STRIDE<D> * sizeof(T);
-  return portable::launch(forward<T, TEXT, IMAGE>, dim3(shares(a, BLOCKS<TEXT>), a.heads, a.batch), THREADS, shared, call, stream);
+  return portable::launch(forward<T, TEXT, IMAGE>, dim3(shares(a, BLOCKS<TEXT>), a.heads, a.batch), THREADS, shared, call, stream, true);
 }
 
 // The instance made for SDXL, or the one for any numbers of keys.

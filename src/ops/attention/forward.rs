@@ -6,7 +6,7 @@ use super::exponential::Exponential;
 use super::view::{KEYS, QUERIES, Tile, View, exponentials, maximum, pieces};
 use crate::Result;
 use crate::autograd::{Forward, Output};
-use crate::ops::support::{Matrix, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Threads, matmul, tensor, values, zeros};
 
 /// Saves the log-sum-exp of the scores of every query, `(batch, heads, tokens)`.
 pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Result<Forward> {
@@ -30,16 +30,18 @@ pub(super) fn forward<T: Exponential>(op: &Attention, inputs: &[Tensor]) -> Resu
         .map(|&(sample, head, start, count)| one_tile(q, sources, op, (sample, head), (start, count)))
         .collect();
 
-    let mut output = vec![T::of(0.0); batch * tokens * channels];
-    let mut log_sums = Vec::with_capacity(batch * heads * tokens);
-    for ((sample, head, start, _), (rows, sums)) in tiles.iter().zip(&computed) {
-        let first = (sample * tokens + start) * channels + head * width;
-        for (i, row) in rows.chunks_exact(width).enumerate() {
-            output[first + i * channels..][..width].copy_from_slice(row);
+    let mut output = zeros::<T>(batch * tokens * channels);
+    // The tiles come in the order of the samples, heads and queries.
+    let of_sample = (tiles.len() / batch.max(1)).max(1);
+    let samples = tiles.par_chunks(of_sample).zip(computed.par_chunks(of_sample));
+    output.par_chunks_mut((tokens * channels).max(1)).zip(samples).for_each(|(output, (tiles, computed))| {
+        for ((_, head, start, _), (rows, _)) in tiles.iter().zip(computed) {
+            for (i, row) in rows.chunks_exact(width).enumerate() {
+                output[(start + i) * channels + head * width..][..width].copy_from_slice(row);
+            }
         }
-        // The tiles come in the order of the samples, heads and queries.
-        log_sums.extend_from_slice(sums);
-    }
+    });
+    let log_sums: Vec<T> = computed.into_iter().flat_map(|(_, sums)| sums).collect();
     Ok(Forward {
         outputs: vec![Output::from_vec(output, (batch, tokens, channels))],
         saved: vec![tensor(log_sums, (batch, heads, tokens))?],

@@ -9,6 +9,7 @@
 // A warpgroup issues the products of its present weights and the next scores together, and waits for both: to overlap its own
 // exponentials with its own products as well (scores in two halves, or weights a tile behind) was measured no faster or slower, as
 // was computing a share of the exponentials by a polynomial on the multiply-add units.
+#include "../dependent_launch.cuh"
 #include "attention.h"
 #include "hopper_ptx.cuh"
 #include "hopper_softmax.cuh"
@@ -218,6 +219,7 @@ __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attention_forward(co
     for (int w = 0; w < CONSUMERS; ++w) barrier_init(&shared.right[w], 4);
     barrier_init_done();
   }
+  wait_for_previous();
   __syncthreads();
   if (group == 0) {
     registers_lower<CONSUMERS == 3 ? 32 : 24>();
@@ -257,8 +259,7 @@ template <class T, int CONSUMERS> int launch(const LcmAttention &a, Parameters &
   const int bytes = sizeof(Shared<CONSUMERS>) + 1024;
   const cudaError_t e = cudaFuncSetAttribute(attention_forward<T, CONSUMERS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (e != cudaSuccess) return e;
-  attention_forward<T, CONSUMERS><<<p.tiles < processors ? p.tiles : processors, 128 * (CONSUMERS + 1), bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_dependent(attention_forward<T, CONSUMERS>, p.tiles < processors ? p.tiles : processors, 128 * (CONSUMERS + 1), bytes, stream, p);
 }
 
 } // namespace lcm::hopper

@@ -1,6 +1,7 @@
 #pragma once
 // What the portable attention kernels share: where the keys of a tile come from, and how a launcher picks between the two families of kernels
 // (16-bit operands through the matrix units; anything else through f32 arithmetic).
+#include "../dependent_launch.cuh"
 #include "attention.h"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -78,8 +79,9 @@ inline bool is_supported(const LcmAttention &a) {
 }
 
 // Launches a kernel that takes its one argument by value; blocks may need more shared memory than is to be had without asking.
+// `dependent`: the kernel waits for the one before it itself (dependent_launch.cuh).
 template <typename A>
-int launch(void (*kernel)(const A), dim3 grid, dim3 threads, size_t shared, const A &argument, cudaStream_t stream) {
+int launch(void (*kernel)(const A), dim3 grid, dim3 threads, size_t shared, const A &argument, cudaStream_t stream, bool dependent = false) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   if (shared > 48 * 1024) {
     int device, limit;
@@ -89,6 +91,7 @@ int launch(void (*kernel)(const A), dim3 grid, dim3 threads, size_t shared, cons
     if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (status != cudaSuccess) return status;
   }
+  if (dependent) return lcm::launch_dependent(kernel, grid, threads, shared, stream, argument);
   kernel<<<grid, threads, shared, stream>>>(argument);
   return cudaGetLastError();
 }

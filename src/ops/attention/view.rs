@@ -6,6 +6,7 @@ use super::Mask;
 use super::exponential::Exponential;
 use crate::Result;
 use crate::ops::support::{Matrix, Real, Threads, matmul};
+use crate::ops::vector::vectorised;
 
 /// Queries in a tile of scores.
 pub(super) const QUERIES: usize = 64;
@@ -76,37 +77,44 @@ pub(super) fn pieces(total: usize, size: usize) -> impl Iterator<Item = (usize, 
 
 const LANES: usize = 8;
 
-/// The largest number of a row and `floor`, in lanes that the compiler can keep in vector registers.
-pub(super) fn maximum<T: Real>(row: &[T], floor: T) -> T {
-    let mut lanes = [floor; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = if *x > *lane { *x } else { *lane });
+vectorised! {
+    /// The largest number of a row and `floor`, in lanes that the compiler can keep in vector registers.
+    pub(super) fn maximum<T: Real>(row: &[T], floor: T) -> T {
+        let mut lanes = [floor; LANES];
+        let chunks = row.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = if *x > *lane { *x } else { *lane });
+        }
+        lanes.iter().chain(rest).fold(floor, |largest, x| Real::max(largest, *x))
     }
-    lanes.iter().chain(rest).fold(floor, |largest, x| Real::max(largest, *x))
-}
 
-/// The sum of the products of two rows, in lanes as [`maximum`].
-pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut lanes = [T::of(0.0); LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
-    for (a, b) in a_chunks.zip(b_chunks) {
-        lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += *a * *b);
+    /// The sum of the products of two rows, in lanes as [`maximum`].
+    pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+        let mut lanes = [T::of(0.0); LANES];
+        let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
+        for (a, b) in a_chunks.zip(b_chunks) {
+            lanes.iter_mut().zip(a.iter().zip(b)).for_each(|(lane, (a, b))| *lane += *a * *b);
+        }
+        let rest: T = a_rest.iter().zip(b_rest).map(|(a, b)| *a * *b).sum();
+        lanes.iter().copied().sum::<T>() + rest
     }
-    let rest: T = a_rest.iter().zip(b_rest).map(|(a, b)| *a * *b).sum();
-    lanes.iter().copied().sum::<T>() + rest
-}
 
-/// Replaces every number `x` of a row by `exp(x - shift)` and returns the sum.
-pub(super) fn exponentials<T: Exponential>(row: &mut [T], shift: T) -> T {
-    T::exponentials(row, shift);
-    let mut lanes = [T::of(0.0); LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest: T = chunks.remainder().iter().copied().sum();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += *x);
+    /// Replaces every number `x` of a row by `exp(x - shift)` and returns the sum.
+    pub(super) fn exponentials<T: Exponential>(row: &mut [T], shift: T) -> T {
+        T::exponentials(row, shift);
+        let mut lanes = [T::of(0.0); LANES];
+        let chunks = row.chunks_exact(LANES);
+        let rest: T = chunks.remainder().iter().copied().sum();
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += *x);
+        }
+        lanes.iter().copied().sum::<T>() + rest
     }
-    lanes.iter().copied().sum::<T>() + rest
+
+    /// Replaces the gradient `s` of each probability `p` of a row by that of its score, `p (s - delta)`.
+    pub(super) fn score_gradient<T: Real>(row: &mut [T], probabilities: &[T], delta: T) {
+        row.iter_mut().zip(probabilities).for_each(|(s, p)| *s = *p * (*s - delta));
+    }
 }

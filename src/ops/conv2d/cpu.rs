@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use super::Conv2d;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Real, Threads, computed, matmul, tensor, values, zeros};
 
 /// Bytes of patches gathered at a time: they stay in a core's second-level cache until the product has read them.
 const PATCH_BYTES: usize = 256 << 10;
@@ -84,22 +84,34 @@ impl Window {
         }
     }
 
-    /// The product of every patch with a matrix `(patch, out)`, plus a bias: `(pixels, out)`.
-    fn correlate<T: Real>(&self, source: &[T], weight: Matrix<'_, T>, bias: Option<&[T]>) -> Vec<T> {
+    /// Whether the patches are the source's pixels, one after the other.
+    fn is_pointwise(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == 1 && self.origin == [0, 0] && self.out == self.source[1..3]
+    }
+
+    /// The product of every patch with a matrix `(patch, out)`, added to what `start` writes for the pixels from a
+    /// first one on, where it says it has: `(pixels, out)`.
+    fn correlate<T: Real>(
+        &self,
+        source: &[T],
+        weight: Matrix<'_, T>,
+        start: impl Fn(usize, &mut [T]) -> bool + Sync,
+    ) -> Vec<T> {
         let (out, patch, chunk) = (weight.columns, self.patch(), self.chunk::<T>());
-        let mut y = vec![T::of(0.0); self.pixels() * out];
-        y.par_chunks_mut(chunk * out).enumerate().for_each_init(Vec::new, |patches, (index, y)| {
-            let pixels = y.len() / out;
-            patches.resize(chunk * patch, T::of(0.0));
-            let patches = &mut patches[..pixels * patch];
-            self.gather(source, index * chunk, patches);
-            if let Some(bias) = bias {
-                y.chunks_exact_mut(out).for_each(|pixel| pixel.copy_from_slice(bias));
-            }
-            let patches = Matrix::row_major(patches, pixels, patch);
-            matmul(y, out, bias.is_some(), patches, weight, T::of(1.0), Threads::No);
-        });
-        y
+        let pointwise = self.is_pointwise();
+        computed(self.pixels() * out, chunk * out, |index, y| {
+            let (first, pixels) = (index * chunk, y.len() / out);
+            let mut gathered = Vec::new();
+            let patches = if pointwise {
+                &source[first * patch..][..pixels * patch]
+            } else {
+                gathered.resize(pixels * patch, T::of(0.0));
+                self.gather(source, first, &mut gathered);
+                &gathered[..]
+            };
+            let keep = start(first, y);
+            matmul(y, out, keep, Matrix::row_major(patches, pixels, patch), weight, T::of(1.0), Threads::No);
+        })
     }
 
     /// `gradient^T . patches`, `(out, patch)`, for a gradient `(pixels, out)`.
@@ -155,13 +167,13 @@ fn window(conv: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Window> {
 }
 
 pub(super) fn forward<T: Real>(conv: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
-    let (x, weight, bias) = (&inputs[0], &inputs[1], conv.places.bias.map(|place| &inputs[place]));
+    let (x, weight) = (&inputs[0], &inputs[1]);
     let window = window(conv, x, weight)?;
     let out = weight.dims()[0];
     let (xs, ws) = (values::<T>("conv2d", x)?, values::<T>("conv2d", weight)?);
-    let bias = bias.map(|bias| values::<T>("conv2d", bias)).transpose()?;
-    let mut y = window.correlate(&xs, Matrix::row_major(&ws, out, window.patch()).transposed(), bias.as_deref());
-    conv.places.add("conv2d", inputs, &mut y)?;
+    let addends = conv.places.numbers::<T>("conv2d", inputs, out, window.pixels())?;
+    let weight = Matrix::row_major(&ws, out, window.patch()).transposed();
+    let y = window.correlate(&xs, weight, |first, y| addends.write(first, y));
     Ok(Output::from_vec(y, (window.source[0], window.out[0], window.out[1], out)).into())
 }
 
@@ -250,11 +262,13 @@ fn input_gradient<T: Real>(conv: &Conv2d, window: &Window, weight: &[T], gradien
                     }
                 }
             }
-            let part = phase.correlate(gradient, Matrix::row_major(&mirrored, phase.patch(), channels), None);
+            let part = phase.correlate(gradient, Matrix::row_major(&mirrored, phase.patch(), channels), |_, _| false);
             if stride == 1 {
                 return part;
             }
-            dx.resize(batch * height * width * channels, T::of(0.0));
+            if dx.is_empty() {
+                dx = zeros(batch * height * width * channels);
+            }
             let samples = dx.par_chunks_mut(height * width * channels);
             samples.zip(part.par_chunks(phase.out[0] * phase.out[1] * channels)).for_each(|(dx, part)| {
                 for (y, row) in part.chunks_exact(phase.out[1] * channels).enumerate() {
@@ -267,6 +281,5 @@ fn input_gradient<T: Real>(conv: &Conv2d, window: &Window, weight: &[T], gradien
             });
         }
     }
-    dx.resize(batch * height * width * channels, T::of(0.0));
-    dx
+    if dx.is_empty() { zeros(batch * height * width * channels) } else { dx }
 }

@@ -1,15 +1,15 @@
-//! Convolution on a GPU: Hopper's implicit matrix product where it takes the shapes; elsewhere the patches are laid out
-//! as a matrix (im2col) for cuBLASLt.
+//! Convolution on a GPU: a kernel for the narrow ends of networks, Hopper's implicit matrix product where it takes the
+//! shapes; elsewhere the patches are laid out as a matrix.
 
 use std::ffi::c_void;
 
 use candle_core::Tensor;
 
-use super::Conv2d;
+use super::{Conv2d, im2col};
 use crate::autograd::{Backward, Forward};
-use crate::cuda::{
-    Buffer, Gemm, Operand, add_channels, avoids, check, cuda_device, dtype_code, gemm, pointer, stream, sum_rows, taken,
-};
+use crate::cuda::{Buffer, add_channels, avoids, cuda_device, dtype_code, pointer, stream, sum_rows, taken};
+use crate::ops::activation::cuda::{gate, rectify};
+use crate::ops::elementwise::cuda::add_to;
 use crate::{Error, Result};
 
 /// `LcmConv2d` of `conv2d.h`.
@@ -22,6 +22,7 @@ struct ForwardArguments {
     residual: *const c_void,
     y: *mut c_void,
     geometry: Geometry,
+    rectified: i32,
 }
 
 /// `LcmConv2dInputGradient` of `conv2d.h`.
@@ -29,6 +30,8 @@ struct ForwardArguments {
 struct InputGradientArguments {
     dy: *const c_void,
     weight: *const c_void,
+    residual: *const c_void,
+    gate: *const c_void,
     dx: *mut c_void,
     geometry: Geometry,
 }
@@ -36,69 +39,66 @@ struct InputGradientArguments {
 /// The numbers both argument blocks end with; height and width are the input's.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Geometry {
-    batch: i32,
-    height: i32,
-    width: i32,
-    input_channels: i32,
-    output_channels: i32,
-    kernel: i32,
-    stride: i32,
-    padding: i32,
-    dtype: i32,
+pub(super) struct Geometry {
+    pub batch: i32,
+    pub height: i32,
+    pub width: i32,
+    pub input_channels: i32,
+    pub output_channels: i32,
+    pub kernel: i32,
+    pub stride: i32,
+    pub padding: i32,
+    pub padding_end: i32,
+    pub dtype: i32,
 }
 
 impl Geometry {
     /// Height and width of the output.
     fn out(&self) -> (usize, usize) {
-        let out = |size: i32| ((size + 2 * self.padding - self.kernel) / self.stride + 1) as usize;
+        let out = |size: i32| ((size + self.padding + self.padding_end - self.kernel) / self.stride + 1) as usize;
         (out(self.height), out(self.width))
     }
 
     /// Pixels of the output, over the whole batch.
-    fn rows(&self) -> usize {
+    pub fn rows(&self) -> usize {
         let (height, width) = self.out();
         self.batch as usize * height * width
+    }
+
+    /// Numbers under the kernel.
+    pub fn patch(&self) -> usize {
+        (self.kernel * self.kernel * self.input_channels) as usize
     }
 }
 
 unsafe extern "C" {
-    fn lcm_im2col_forward(
-        x: *const c_void,
-        patches: *mut c_void,
-        batch: i64,
-        height: i32,
-        width: i32,
-        channels: i32,
-        kernel_height: i32,
-        kernel_width: i32,
-        stride: i32,
-        padding: i32,
-        dtype: i32,
-        stream: *mut c_void,
-    ) -> i32;
-    fn lcm_im2col_backward(
-        patches: *const c_void,
-        x: *mut c_void,
-        batch: i64,
-        height: i32,
-        width: i32,
-        channels: i32,
-        kernel_height: i32,
-        kernel_width: i32,
-        stride: i32,
-        padding: i32,
-        dtype: i32,
-        stream: *mut c_void,
-    ) -> i32;
+    fn lcm_conv2d_forward_narrow(arguments: *const ForwardArguments, stream: *mut c_void) -> i32;
+    fn lcm_conv2d_input_gradient_narrow(arguments: *const InputGradientArguments, stream: *mut c_void) -> i32;
     fn lcm_conv2d_forward_hopper(arguments: *const ForwardArguments, stream: *mut c_void) -> i32;
     fn lcm_conv2d_input_gradient_hopper(arguments: *const InputGradientArguments, stream: *mut c_void) -> i32;
 }
 
-const NAME: &str = "conv2d";
+pub(super) const NAME: &str = "conv2d";
+/// What `LCM_LOOKAHEAD_AVOID` calls the kernels.
+const NARROW: &str = "narrow-conv";
 const HOPPER: &str = "hopper-conv";
 
-fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometry> {
+/// A convolution and what is done with its result as it is written.
+#[derive(Clone, Copy)]
+pub(crate) struct Convolution<'a> {
+    pub x: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub stride: usize,
+    /// Left and above, right and below.
+    pub padding: [usize; 2],
+    pub bias: Option<&'a Tensor>,
+    pub per_sample: Option<&'a Tensor>,
+    pub residual: Option<&'a Tensor>,
+    /// Whether what is negative becomes 0, after all sums.
+    pub rectified: bool,
+}
+
+fn geometry(x: &Tensor, weight: &Tensor, stride: usize, padding: [usize; 2]) -> Result<Geometry> {
     let (batch, height, width, input_channels) = x.dims4()?;
     let (output_channels, kernel, kernel_width, _) = weight.dims4()?;
     if kernel != kernel_width {
@@ -112,166 +112,139 @@ fn geometry(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<Geometr
         input_channels: input_channels as i32,
         output_channels: output_channels as i32,
         kernel: kernel as i32,
-        stride: convolution.stride as i32,
-        padding: convolution.padding as i32,
+        stride: stride as i32,
+        padding: padding[0] as i32,
+        padding_end: padding[1] as i32,
         dtype: dtype_code(NAME, x.dtype())?,
     })
 }
 
-/// The patches as a matrix `(batch * out_height * out_width, kernel * kernel * in_channels)`.
-fn im2col(convolution: &Conv2d, x: &Tensor, weight: &Tensor) -> Result<(Buffer, usize, usize)> {
-    let shape = geometry(convolution, x, weight)?;
-    let (rows, columns) = (shape.rows(), weight.elem_count() / weight.dim(0)?);
-    let device = cuda_device(NAME, x)?;
-    let patches = Buffer::new(&device, (rows, columns), x.dtype())?;
-    // SAFETY: the pointers belong to tensors of the shapes stated.
-    let status = unsafe {
-        lcm_im2col_forward(
-            pointer(NAME, x)?,
-            patches.pointer(),
-            i64::from(shape.batch),
-            shape.height,
-            shape.width,
-            shape.input_channels,
-            shape.kernel,
-            shape.kernel,
-            shape.stride,
-            shape.padding,
-            shape.dtype,
-            stream(&device),
-        )
-    };
-    check(NAME, status)?;
-    Ok((patches, rows, columns))
+/// Where a tensor that may be missing begins.
+fn at(tensor: Option<&Tensor>) -> Result<Option<*const c_void>> {
+    tensor.map(|tensor| pointer(NAME, tensor).map(|pointer| pointer.cast_const())).transpose()
+}
+
+/// Whether a family of kernels took the work.
+fn tried(family: &str, launch: impl FnOnce() -> i32) -> Result<bool> {
+    if avoids(family) { Ok(false) } else { taken(NAME, launch()) }
+}
+
+impl Convolution<'_> {
+    /// The result. The tensors are contiguous and fit each other.
+    pub fn run(&self) -> Result<Buffer> {
+        let (x, weight) = (self.x, self.weight);
+        let shape = geometry(x, weight, self.stride, self.padding)?;
+        let device = cuda_device(NAME, x)?;
+        let (height, width) = shape.out();
+        let y = Buffer::new(&device, (x.dim(0)?, height, width, weight.dim(0)?), x.dtype())?;
+        let (bias, residual, null) = (at(self.bias)?, at(self.residual)?, std::ptr::null());
+        let arguments = ForwardArguments {
+            x: pointer(NAME, x)?,
+            weight: pointer(NAME, weight)?,
+            bias: bias.unwrap_or(null),
+            per_sample_bias: at(self.per_sample)?.unwrap_or(null),
+            residual: residual.unwrap_or(null),
+            y: y.pointer(),
+            geometry: shape,
+            rectified: i32::from(self.rectified),
+        };
+        // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
+        let narrow = || unsafe { lcm_conv2d_forward_narrow(&raw const arguments, stream(&device)) };
+        // SAFETY: as above.
+        let hopper = || unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) };
+        if tried(NARROW, narrow)? || tried(HOPPER, hopper)? {
+            return Ok(y);
+        }
+        im2col::forward(&shape, x, weight, (bias, residual), y.pointer())?;
+        let y = match self.per_sample {
+            Some(vectors) => add_channels(y, vectors)?,
+            None => y,
+        };
+        if self.rectified { rectify(y, x.dtype(), &device) } else { Ok(y) }
+    }
+}
+
+/// The gradient of a convolution's input, and what is done with it as it is written.
+pub(crate) struct InputGradient<'a> {
+    /// The input, of which only the shape counts.
+    pub x: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub stride: usize,
+    pub padding: [usize; 2],
+    /// Of the output.
+    pub gradient: &'a Tensor,
+    /// Added.
+    pub residual: Option<&'a Tensor>,
+    /// Instead of a residual: where this is not positive the gradient becomes 0. It is the input, where that is the
+    /// result of a rectifier.
+    pub gate: Option<&'a Tensor>,
+}
+
+impl InputGradient<'_> {
+    /// The result. The tensors are contiguous and fit each other.
+    pub fn run(&self) -> Result<Buffer> {
+        let (x, weight, gradient) = (self.x, self.weight, self.gradient);
+        let shape = geometry(x, weight, self.stride, self.padding)?;
+        let device = cuda_device(NAME, gradient)?;
+        let dx = Buffer::new(&device, x.shape().clone(), x.dtype())?;
+        let arguments = InputGradientArguments {
+            dy: pointer(NAME, gradient)?,
+            weight: pointer(NAME, weight)?,
+            residual: at(self.residual)?.unwrap_or(std::ptr::null()),
+            gate: at(self.gate)?.unwrap_or(std::ptr::null()),
+            dx: dx.pointer(),
+            geometry: shape,
+        };
+        // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
+        let narrow = || unsafe { lcm_conv2d_input_gradient_narrow(&raw const arguments, stream(&device)) };
+        // SAFETY: as above.
+        let hopper = || unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) };
+        if tried(NARROW, narrow)? || tried(HOPPER, hopper)? {
+            return Ok(dx);
+        }
+        im2col::input_gradient(&shape, weight, gradient, dx.pointer())?;
+        let dx = match self.residual {
+            Some(residual) => add_to(dx, residual)?,
+            None => dx,
+        };
+        match self.gate {
+            Some(result) => gate(dx, result),
+            None => Ok(dx),
+        }
+    }
 }
 
 pub(super) fn forward(convolution: &Conv2d, inputs: &[Tensor]) -> Result<Forward> {
-    let (x, weight) = (&inputs[0], &inputs[1]);
     let places = convolution.places;
-    let shape = geometry(convolution, x, weight)?;
-    let device = cuda_device(NAME, x)?;
-    let out_channels = weight.dim(0)?;
-    let (height, width) = shape.out();
-    let y = Buffer::new(&device, (x.dim(0)?, height, width, out_channels), x.dtype())?;
-    let at =
-        |place: Option<usize>| place.map(|place| pointer(NAME, &inputs[place]).map(|p| p.cast_const())).transpose();
-    let (bias, residual) = (at(places.bias)?, at(places.residual)?);
-    let arguments = ForwardArguments {
-        x: pointer(NAME, x)?,
-        weight: pointer(NAME, weight)?,
-        bias: bias.unwrap_or(std::ptr::null()),
-        per_sample_bias: at(places.per_sample)?.unwrap_or(std::ptr::null()),
-        residual: residual.unwrap_or(std::ptr::null()),
-        y: y.pointer(),
-        geometry: shape,
+    let at = |place: Option<usize>| place.map(|place| &inputs[place]);
+    let y = Convolution {
+        x: &inputs[0],
+        weight: &inputs[1],
+        stride: convolution.stride,
+        padding: [convolution.padding, convolution.padding_end],
+        bias: at(places.bias),
+        per_sample: at(places.per_sample),
+        residual: at(places.residual),
+        rectified: false,
     };
-    // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    if avoids(HOPPER) || !taken(NAME, unsafe { lcm_conv2d_forward_hopper(&raw const arguments, stream(&device)) })? {
-        let (patches, rows, columns) = im2col(convolution, x, weight)?;
-        gemm(
-            &device,
-            &Gemm {
-                dtype: x.dtype(),
-                left: Operand::new(patches.pointer(), rows, columns),
-                right: Operand::new(pointer(NAME, weight)?, out_channels, columns).t(),
-                scale: 1.0,
-                addend: residual,
-                bias,
-                out: y.pointer(),
-                out_dtype: x.dtype(),
-                batch: (1, [0; 3]),
-            },
-        )?;
-        if let Some(place) = places.per_sample {
-            return Ok(add_channels(y, &inputs[place])?.into_output().into());
-        }
-    }
-    Ok(y.into_output().into())
+    Ok(y.run()?.into_output().into())
 }
 
 pub(super) fn backward(convolution: &Conv2d, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-    let (x, weight) = (&context.inputs[0], &context.inputs[1]);
-    let gradient = context.gradient()?;
+    let (x, weight, gradient) = (&context.inputs[0], &context.inputs[1], context.gradient()?);
+    let (stride, padding) = (convolution.stride, [convolution.padding, convolution.padding_end]);
     let mut gradients = vec![None; context.inputs.len()];
     if context.needs[0] {
-        gradients[0] = Some(input_gradient(convolution, x, weight, gradient)?);
+        let dx = InputGradient { x, weight, stride, padding, gradient, residual: None, gate: None };
+        gradients[0] = Some(dx.run()?.into_tensor());
     }
     if context.needs[1] {
-        let device = cuda_device(NAME, x)?;
-        let (patches, rows, columns) = im2col(convolution, x, weight)?;
-        let dw = Buffer::like(NAME, weight)?;
-        gemm(
-            &device,
-            &Gemm {
-                dtype: x.dtype(),
-                left: Operand::new(pointer(NAME, gradient)?, rows, weight.dim(0)?).t(),
-                right: Operand::new(patches.pointer(), rows, columns),
-                scale: 1.0,
-                addend: None,
-                bias: None,
-                out: dw.pointer(),
-                out_dtype: x.dtype(),
-                batch: (1, [0; 3]),
-            },
-        )?;
-        gradients[1] = Some(dw.into_tensor());
+        let shape = geometry(x, weight, stride, padding)?;
+        gradients[1] = Some(im2col::weight_gradient(&shape, x, weight, gradient)?);
     }
     if let Some(bias) = convolution.places.bias.filter(|place| context.needs[*place]) {
         gradients[bias] = Some(sum_rows(gradient)?);
     }
     convolution.places.gradients(context, &mut gradients)?;
     Ok(gradients)
-}
-
-fn input_gradient(convolution: &Conv2d, x: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    let shape = geometry(convolution, x, weight)?;
-    let device = cuda_device(NAME, x)?;
-    let dx = Buffer::like(NAME, x)?;
-    let arguments = InputGradientArguments {
-        dy: pointer(NAME, gradient)?,
-        weight: pointer(NAME, weight)?,
-        dx: dx.pointer(),
-        geometry: shape,
-    };
-    // SAFETY: the arguments point to tensors of the shapes they state, alive on this stream.
-    if avoids(HOPPER)
-        || !taken(NAME, unsafe { lcm_conv2d_input_gradient_hopper(&raw const arguments, stream(&device)) })?
-    {
-        let (rows, out_channels) = (shape.rows(), weight.dim(0)?);
-        let columns = weight.elem_count() / out_channels;
-        let patches = Buffer::new(&device, (rows, columns), x.dtype())?;
-        gemm(
-            &device,
-            &Gemm {
-                dtype: x.dtype(),
-                left: Operand::new(pointer(NAME, gradient)?, rows, out_channels),
-                right: Operand::new(pointer(NAME, weight)?, out_channels, columns),
-                scale: 1.0,
-                addend: None,
-                bias: None,
-                out: patches.pointer(),
-                out_dtype: x.dtype(),
-                batch: (1, [0; 3]),
-            },
-        )?;
-        // SAFETY: as above.
-        let status = unsafe {
-            lcm_im2col_backward(
-                patches.pointer(),
-                dx.pointer(),
-                i64::from(shape.batch),
-                shape.height,
-                shape.width,
-                shape.input_channels,
-                shape.kernel,
-                shape.kernel,
-                shape.stride,
-                shape.padding,
-                shape.dtype,
-                stream(&device),
-            )
-        };
-        check(NAME, status)?;
-    }
-    Ok(dx.into_tensor())
 }

@@ -6,13 +6,14 @@
 // (K, columns) matrix per tap; with stride 2 the four parities of dx's pixels are four products with their own taps each.
 #include "conv2d.h"
 #include "../hopper_gemm.h"
+#include <math.h>
 
 using namespace hopper_gemm;
 
 namespace {
 
 struct Shape {
-  int batch, height, width, input_channels, output_channels, kernel, stride, padding;
+  int batch, height, width, input_channels, output_channels, kernel, stride, padding, padding_end;
   int out_height, out_width;
 };
 
@@ -39,21 +40,22 @@ int run(Problem &p, const Shape &s, bool gradient, int phases, const void *sourc
 
 bool accepts(Shape &s, int dtype) {
   if (dtype != 1 && dtype != 2) return false;
-  if (s.kernel < 1 || s.kernel > 5 || s.stride < 1 || s.stride > 2 || s.padding < 0 || s.height < s.stride || s.width < s.stride || s.batch < 1) return false;
+  if (s.kernel < 1 || s.kernel > 5 || s.stride < 1 || s.stride > 2 || s.padding < 0 || s.padding_end < 0 || s.height < s.stride || s.width < s.stride || s.batch < 1) return false;
   if (s.input_channels % 8 || s.output_channels % 8 || s.input_channels < 8 || s.output_channels < 8) return false;
-  if (s.height + 2 * s.padding < s.kernel || s.width + 2 * s.padding < s.kernel) return false;
-  s.out_height = (s.height + 2 * s.padding - s.kernel) / s.stride + 1;
-  s.out_width = (s.width + 2 * s.padding - s.kernel) / s.stride + 1;
+  const int padding = s.padding + s.padding_end;
+  if (s.height + padding < s.kernel || s.width + padding < s.kernel) return false;
+  s.out_height = (s.height + padding - s.kernel) / s.stride + 1;
+  s.out_width = (s.width + padding - s.kernel) / s.stride + 1;
   return true;
 }
 
 } // namespace
 
 extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream) {
-  Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, 0, 0};
+  Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, c->padding_end, 0, 0};
   if (!accepts(s, c->dtype) || !aligned(c->x) || !aligned(c->weight) || !aligned(c->y) || !aligned(c->residual)) return -1;
   Problem p = {};
-  p.y = c->y, p.bias = c->bias, p.sample_bias = c->per_sample_bias, p.residual = c->residual;
+  p.y = c->y, p.bias = c->bias, p.sample_bias = c->per_sample_bias, p.residual = c->residual, p.floor = c->rectified ? 0 : -INFINITY;
   p.columns = s.output_channels, p.samples = s.batch, p.height = s.out_height, p.width = s.out_width, p.stride = 1;
   p.y_row = p.residual_row = s.output_channels;
   const int steps = (s.input_channels + kDepth - 1) / kDepth;
@@ -69,10 +71,10 @@ extern "C" int lcm_conv2d_forward_hopper(const LcmConv2d *c, cudaStream_t stream
 }
 
 extern "C" int lcm_conv2d_input_gradient_hopper(const LcmConv2dInputGradient *c, cudaStream_t stream) {
-  Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, 0, 0};
-  if (!accepts(s, c->dtype) || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx)) return -1;
+  Shape s = {c->batch, c->height, c->width, c->input_channels, c->output_channels, c->kernel, c->stride, c->padding, c->padding_end, 0, 0};
+  if (!accepts(s, c->dtype) || !aligned(c->dy) || !aligned(c->weight) || !aligned(c->dx) || !aligned(c->residual) || !aligned(c->gate) || (c->residual && c->gate)) return -1;
   Problem p = {};
-  p.y = c->dx;
+  p.y = c->dx, p.residual = c->gate ? c->gate : c->residual, p.gate = c->gate != nullptr, p.floor = -INFINITY;
   p.columns = s.input_channels, p.samples = s.batch, p.height = s.height, p.width = s.width, p.stride = s.stride;
   p.y_row = p.residual_row = s.input_channels;
   const int steps = (s.output_channels + kDepth - 1) / kDepth, phases = s.stride * s.stride;

@@ -2,7 +2,9 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
+#[cfg(feature = "cuda")]
+mod im2col;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +42,27 @@ pub fn conv2d_with(
     stride: usize,
     padding: usize,
 ) -> Result<Tensor> {
+    conv2d_padded(x, weight, addends, stride, [padding; 2])
+}
+
+/// [`conv2d_with`] with a padding of its own on either side: zeros left and above, and zeros right and below.
+///
+/// # Errors
+/// As [`conv2d`].
+pub fn conv2d_padded(
+    x: &Tensor,
+    weight: &Tensor,
+    addends: &Addends<'_>,
+    stride: usize,
+    padding: [usize; 2],
+) -> Result<Tensor> {
+    if padding[0] != padding[1] && !x.device().is_cuda() {
+        // The CPU's takes one padding for all sides: what one side has more is put there in memory.
+        let [start, end] = padding.map(|side| side - padding[0].min(padding[1]));
+        let x = x.pad_with_zeros(1, start, end)?.pad_with_zeros(2, start, end)?;
+        return conv2d_padded(&x, weight, addends, stride, [padding[0].min(padding[1]); 2]);
+    }
+    let [padding, padding_end] = padding;
     let wrong = |argument, expected: String, found: String| Err(Error::argument("conv2d", argument, expected, found));
     let &[out, kernel_height, kernel_width, channels] = weight.dims() else {
         let expected = "(out_channels, kernel_height, kernel_width, in_channels)".to_owned();
@@ -58,23 +81,27 @@ pub fn conv2d_with(
     if stride == 0 {
         return wrong("stride", "at least 1".to_owned(), "0".to_owned());
     }
-    if kernel_height > height + 2 * padding || kernel_width > width + 2 * padding {
-        let room = format!("at most the padded image, {} x {}", height + 2 * padding, width + 2 * padding);
+    let (padded_height, padded_width) = (height + padding + padding_end, width + padding + padding_end);
+    if kernel_height > padded_height || kernel_width > padded_width {
+        let room = format!("at most the padded image, {padded_height} x {padded_width}");
         return wrong("weight", room, format!("a kernel of {kernel_height} x {kernel_width}"));
     }
-    if (kernel_height, kernel_width, stride, padding) == (1, 1, 1, 0) {
+    if (kernel_height, kernel_width, stride, padding, padding_end) == (1, 1, 1, 0, 0) {
         return linear_with(x, &reshape(weight, (out, channels))?, addends);
     }
-    let size = |size: usize, kernel: usize| (size + 2 * padding - kernel) / stride + 1;
-    let shape = [batch, size(height, kernel_height), size(width, kernel_width), out];
+    let size = |padded: usize, kernel: usize| (padded - kernel) / stride + 1;
+    let shape = [batch, size(padded_height, kernel_height), size(padded_width, kernel_width), out];
     let mut inputs = vec![x, weight];
     let places = addends.place("conv2d", x, &shape, &mut inputs)?;
-    apply(Conv2d { stride, padding, places }, &inputs)
+    apply(Conv2d { stride, padding, padding_end, places }, &inputs)
 }
 
 struct Conv2d {
     stride: usize,
     padding: usize,
+    /// Right and below; on the CPU as `padding`.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    padding_end: usize,
     places: Places,
 }
 

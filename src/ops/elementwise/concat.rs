@@ -42,6 +42,9 @@ impl Function for ConcatChannels {
             let shape = shape(a, self.widths.iter().sum()).into();
             return Ok(super::cuda::concat(a, b, self.widths, shape)?.into());
         }
+        if super::cpu::takes(a) {
+            return Ok(super::cpu::concat(a, b, self.widths, &shape(a, self.widths.iter().sum()))?.into());
+        }
         let ((a_storage, _), (b_storage, _)) = (a.storage_and_layout(), b.storage_and_layout());
         let storage = match (&*a_storage, &*b_storage) {
             (Storage::Cpu(left), Storage::Cpu(right)) => Storage::Cpu(concat([(left, a), (right, b)])?),
@@ -58,6 +61,13 @@ impl Function for ConcatChannels {
             return Ok(super::cuda::split(gradient, self.widths, [context.needs[0], context.needs[1]])?.into());
         }
         let [a, b] = self.widths;
+        if super::cpu::takes(gradient) {
+            let part = |first: usize, width: usize, needed: bool| {
+                let shape = shape(gradient, width);
+                needed.then(|| super::cpu::channels(gradient, first, &shape).map(Output::into_tensor)).transpose()
+            };
+            return Ok(vec![part(0, a, context.needs[0])?, part(a, b, context.needs[1])?]);
+        }
         Ok(vec![Some(gradient.narrow(D::Minus1, 0, a)?), Some(gradient.narrow(D::Minus1, a, b)?)])
     }
 

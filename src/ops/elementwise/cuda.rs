@@ -83,6 +83,16 @@ fn combine(name: &'static str, a: &Tensor, b: Option<&Tensor>, alpha: f64, beta:
     Ok(out)
 }
 
+/// Adds a tensor of its shape to fresh memory, in place.
+pub(crate) fn add_to(sum: Buffer, addend: &Tensor) -> Result<Buffer> {
+    let name = "add";
+    let (at, count, dtype) = (sum.pointer(), sum.elem_count() as i64, dtype_code(name, addend.dtype())?);
+    let stream = stream(&cuda_device(name, addend)?);
+    // SAFETY: the pointers belong to `count` numbers each, alive on this stream; each is read and written by one thread.
+    check(name, unsafe { lcm_elementwise_combine(at, pointer(name, addend)?, at, 1.0, 1.0, count, dtype, stream) })?;
+    Ok(sum)
+}
+
 pub(super) fn add_scaled(a: &Tensor, b: &Tensor, beta: f64) -> Result<Output> {
     Ok(combine("add", a, Some(b), 1.0, beta)?.into_output())
 }

@@ -6,8 +6,9 @@
 mod add;
 mod cast;
 mod concat;
+mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 mod layout;
 mod per_sample;
 mod scale;
@@ -16,6 +17,7 @@ mod storage;
 mod tests;
 mod views;
 
+pub(crate) use add::sum;
 pub use add::{add, add_scaled};
 pub use cast::cast;
 pub(crate) use cast::{wide_dtype, widen};

@@ -31,6 +31,9 @@ impl Function for Scale {
         if super::cuda::takes(&inputs[0]) {
             return Ok(super::cuda::scale(&inputs[0], self.factor)?.into());
         }
+        if super::cpu::takes(&inputs[0]) {
+            return Ok(super::cpu::scale(&inputs[0], self.factor)?.into());
+        }
         Ok(storage::scale("scale", &inputs[0], self.factor)?.into())
     }
 
@@ -48,6 +51,9 @@ pub(super) fn scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if super::cuda::takes(x) {
         return super::cuda::scaled(x, factor);
+    }
+    if super::cpu::takes(x) && x.is_contiguous() {
+        return Ok(super::cpu::scale(x, factor)?.into_tensor());
     }
     Ok((x * factor)?)
 }

@@ -1,28 +1,24 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::activation::Activation;
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, computed, tensor, values};
+use crate::ops::vector::vectorised;
 
-/// Elements a rayon task gets at least: less is not worth a task.
-const GRAIN: usize = 4096;
+/// Outputs that are one task: less is not worth one.
+const CHUNK: usize = 8 << 10;
 
 pub(super) fn forward<T: Real>(x: &Tensor) -> Result<Forward> {
     let mut shape = x.dims().to_vec();
     let channels = shape.pop().unwrap_or(0) / 2;
     shape.push(channels);
     let xs = values::<T>("geglu", x)?;
-    let mut y = vec![T::of(0.0); xs.len() / 2];
+    let xs: &[T] = &xs;
     // No channels, no rows: chunks of one of nothing.
-    let (wide, narrow, grain) = (channels.max(1) * 2, channels.max(1), GRAIN.div_ceil(channels.max(1)));
-    y.par_chunks_exact_mut(narrow).zip(xs.par_chunks_exact(wide)).with_min_len(grain).for_each(|(y, x)| {
-        let (a, b) = x.split_at(narrow);
-        for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
-            *y = *a * Activation::Gelu.value(*b);
-        }
-    });
+    let narrow = channels.max(1);
+    let chunk = narrow * CHUNK.div_ceil(narrow);
+    let y = computed(xs.len() / 2, chunk, |index, y| gate(narrow, &xs[2 * index * chunk..], y));
     Ok(Output::from_vec(y, shape).into())
 }
 
@@ -30,15 +26,32 @@ pub(super) fn backward<T: Real>(context: &Backward<'_>) -> Result<Vec<Option<Ten
     let x = &context.inputs[0];
     let narrow = (x.dims().last().copied().unwrap_or(0) / 2).max(1);
     let (xs, gs) = (values::<T>("geglu", x)?, values::<T>("geglu", context.gradient()?)?);
-    let mut dx = vec![T::of(0.0); xs.len()];
-    let rows =
-        dx.par_chunks_exact_mut(narrow * 2).zip(xs.par_chunks_exact(narrow * 2).zip(gs.par_chunks_exact(narrow)));
-    rows.with_min_len(GRAIN.div_ceil(narrow)).for_each(|(dx, (x, g))| {
-        let ((a, b), (da, db)) = (x.split_at(narrow), dx.split_at_mut(narrow));
-        for ((da, db), (g, (a, b))) in da.iter_mut().zip(db).zip(g.iter().zip(a.iter().zip(b))) {
-            *da = *g * Activation::Gelu.value(*b);
-            *db = *g * *a * Activation::Gelu.derivative(*b);
-        }
+    let (xs, gs): (&[T], &[T]) = (&xs, &gs);
+    let chunk = narrow * CHUNK.div_ceil(narrow);
+    let dx = computed(xs.len(), 2 * chunk, |index, dx| {
+        gate_gradient(narrow, &xs[2 * index * chunk..], &gs[index * chunk..], dx);
     });
     Ok(vec![Some(tensor(dx, x.shape())?)])
+}
+
+vectorised! {
+    fn gate<T: Real>(narrow: usize, xs: &[T], ys: &mut [T]) {
+        for (y, x) in ys.chunks_exact_mut(narrow).zip(xs.chunks_exact(2 * narrow)) {
+            let (a, b) = x.split_at(narrow);
+            for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
+                *y = *a * Activation::Gelu.value(*b);
+            }
+        }
+    }
+
+    fn gate_gradient<T: Real>(narrow: usize, xs: &[T], gs: &[T], dxs: &mut [T]) {
+        let rows = xs.chunks_exact(2 * narrow).zip(gs.chunks_exact(narrow));
+        for (dx, (x, g)) in dxs.chunks_exact_mut(2 * narrow).zip(rows) {
+            let ((a, b), (da, db)) = (x.split_at(narrow), dx.split_at_mut(narrow));
+            for ((da, db), (g, (a, b))) in da.iter_mut().zip(db).zip(g.iter().zip(a.iter().zip(b))) {
+                *da = *g * Activation::Gelu.value(*b);
+                *db = *g * *a * Activation::Gelu.derivative(*b);
+            }
+        }
+    }
 }

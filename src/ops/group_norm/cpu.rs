@@ -5,7 +5,8 @@ use super::GroupNorm;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
 use crate::ops::Activation;
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, tensor, values, zeros};
+use crate::ops::vector::vectorised;
 
 /// Numbers a task treats at a time. A constant, so that sums do not depend on the number of threads.
 const CHUNK: usize = 16 << 10;
@@ -72,14 +73,7 @@ fn statistics<T: Real>(norm: &GroupNorm, extent: &Extent, xs: &[T]) -> (Vec<f64>
         let shift = &sample[..channels];
         let chunks = sample.par_chunks(extent.chunk()).map(|chunk| {
             let mut sums = Sums::zero(channels);
-            let (first, second) = (&mut sums.first[..channels], &mut sums.second[..channels]);
-            for x in chunk.chunks_exact(channels) {
-                for c in 0..channels {
-                    let difference = (x[c] - shift[c]).to_f64();
-                    first[c] += difference;
-                    second[c] += difference * difference;
-                }
-            }
+            add_moments(chunk, shift, &mut sums);
             sums
         });
         chunks.collect()
@@ -111,6 +105,62 @@ fn per_channel<T: Real>(extent: &Extent, sample: usize, value: impl Fn(usize, us
     (0..extent.channels).map(|c| T::of(value(c, sample * extent.groups + extent.group_of(c)))).collect()
 }
 
+vectorised! {
+    /// Adds the sums of the differences from `shift`, and of their squares.
+    fn add_moments<T: Real>(xs: &[T], shift: &[T], sums: &mut Sums) {
+        let channels = shift.len();
+        let (first, second) = (&mut sums.first[..channels], &mut sums.second[..channels]);
+        for x in xs.chunks_exact(channels) {
+            for c in 0..channels {
+                let difference = (x[c] - shift[c]).to_f64();
+                first[c] += difference;
+                second[c] += difference * difference;
+            }
+        }
+    }
+
+    fn normalise<T: Real>(xs: &[T], mean: &[T], scale: &[T], bias: &[T], ys: &mut [T]) {
+        let channels = mean.len();
+        let (scale, bias) = (&scale[..channels], &bias[..channels]);
+        for (y, x) in ys.chunks_exact_mut(channels).zip(xs.chunks_exact(channels)) {
+            for c in 0..channels {
+                y[c] = (x[c] - mean[c]) * scale[c] + bias[c];
+            }
+        }
+    }
+
+    fn activate<T: Real>(activation: Activation, ys: &mut [T]) {
+        activation.replace(ys);
+    }
+
+    fn activation_gradient<T: Real>(activation: Activation, gs: &[T], ys: &mut [T]) {
+        activation.replace_by_gradient(ys, gs);
+    }
+
+    /// Adds the sums of a gradient, plain and times the normalised input.
+    fn add_gradient_sums<T: Real>(gs: &[T], xs: &[T], mean: &[T], rstd: &[T], sums: &mut Sums) {
+        let channels = mean.len();
+        let (rstd, first, second) = (&rstd[..channels], &mut sums.first[..channels], &mut sums.second[..channels]);
+        for (g, x) in gs.chunks_exact(channels).zip(xs.chunks_exact(channels)) {
+            for c in 0..channels {
+                first[c] += g[c].to_f64();
+                second[c] += (g[c] * ((x[c] - mean[c]) * rstd[c])).to_f64();
+            }
+        }
+    }
+
+    /// From the gradient behind the normalisation to the one before it.
+    fn finish_gradient<T: Real>(xs: &[T], coefficients: [&[T]; 4], gs: &mut [T]) {
+        let channels = coefficients[0].len();
+        let [mean, scale, offset, slope] = coefficients.map(|coefficient| &coefficient[..channels]);
+        for (g, x) in gs.chunks_exact_mut(channels).zip(xs.chunks_exact(channels)) {
+            for c in 0..channels {
+                g[c] = g[c] * scale[c] - offset[c] - (x[c] - mean[c]) * slope[c];
+            }
+        }
+    }
+}
+
 pub(super) fn forward<T: Real>(norm: &GroupNorm, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Forward> {
     let extent = Extent::of(norm, x);
     let channels = extent.channels;
@@ -118,20 +168,14 @@ pub(super) fn forward<T: Real>(norm: &GroupNorm, x: &Tensor, weight: &Tensor, bi
     let bias = values::<T>("group_norm", bias)?;
     let (xs, ws, bias): (&[T], &[T], &[T]) = (&xs, &ws, &bias);
     let (means, rstds) = statistics(norm, &extent, xs);
-    let mut y = vec![T::of(0.0); xs.len()];
+    let mut y = zeros::<T>(xs.len());
     y.par_chunks_mut(extent.sample()).zip(xs.par_chunks(extent.sample())).enumerate().for_each(|(sample, (y, x))| {
         let mean = per_channel::<T>(&extent, sample, |_, group| means[group]);
         let scale = per_channel::<T>(&extent, sample, |c, group| rstds[group] * ws[c].to_f64());
         let (mean, scale, bias) = (&mean[..channels], &scale[..channels], &bias[..channels]);
         y.par_chunks_mut(extent.chunk()).zip(x.par_chunks(extent.chunk())).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-                for c in 0..channels {
-                    y[c] = (x[c] - mean[c]) * scale[c] + bias[c];
-                }
-            }
-            if norm.activation != Activation::None {
-                y.iter_mut().for_each(|y| *y = norm.activation.value(*y));
-            }
+            normalise(x, mean, scale, bias, y);
+            activate(norm.activation, y);
         });
     });
     let shape = (extent.batch, extent.groups);
@@ -150,34 +194,24 @@ pub(super) fn backward<T: Real>(norm: &GroupNorm, context: &Backward<'_>) -> Res
     let (means, rstds): (&[f64], &[f64]) = (&means, &rstds);
 
     // First the gradient before the activation, left in `dx`, and its sums, plain and times the normalised input.
-    let mut dx = vec![T::of(0.0); xs.len()];
+    let mut dx = zeros::<T>(xs.len());
     let samples = dx.par_chunks_mut(sample_length).zip(xs.par_chunks(sample_length)).zip(gs.par_chunks(sample_length));
     let parts = samples.enumerate().map(|(sample, ((dx, x), g))| {
         let mean = per_channel::<T>(&extent, sample, |_, group| means[group]);
         let rstd = per_channel::<T>(&extent, sample, |_, group| rstds[group]);
-        let (mean, rstd, ws, bias) = (&mean[..channels], &rstd[..channels], &ws[..channels], &bias[..channels]);
+        let scale = per_channel::<T>(&extent, sample, |c, group| rstds[group] * ws[c].to_f64());
+        let (mean, rstd, scale) = (&mean[..], &rstd[..], &scale[..]);
         let length = extent.chunk();
         let chunks = dx.par_chunks_mut(length).zip(x.par_chunks(length)).zip(g.par_chunks(length));
         let sums = chunks.map(|((dx, x), g)| {
             if norm.activation == Activation::None {
                 dx.copy_from_slice(g);
             } else {
-                let rows = dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels));
-                for (dx, x) in rows {
-                    for c in 0..channels {
-                        dx[c] = (x[c] - mean[c]) * rstd[c] * ws[c] + bias[c];
-                    }
-                }
-                dx.iter_mut().zip(g).for_each(|(dx, g)| *dx = *g * norm.activation.derivative(*dx));
+                normalise(x, mean, scale, bias, dx);
+                activation_gradient(norm.activation, g, dx);
             }
             let mut sums = Sums::zero(channels);
-            let (first, second) = (&mut sums.first[..channels], &mut sums.second[..channels]);
-            for (g, x) in dx.chunks_exact(channels).zip(x.chunks_exact(channels)) {
-                for c in 0..channels {
-                    first[c] += g[c].to_f64();
-                    second[c] += (g[c] * ((x[c] - mean[c]) * rstd[c])).to_f64();
-                }
-            }
+            add_gradient_sums(dx, x, mean, rstd, &mut sums);
             sums
         });
         sums.collect()
@@ -212,11 +246,7 @@ pub(super) fn backward<T: Real>(norm: &GroupNorm, context: &Backward<'_>) -> Res
             let (mean, scale, offset, slope) =
                 (&mean[..channels], &scale[..channels], &offset[..channels], &slope[..channels]);
             dx.par_chunks_mut(extent.chunk()).zip(x.par_chunks(extent.chunk())).for_each(|(dx, x)| {
-                for (dx, x) in dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-                    for c in 0..channels {
-                        dx[c] = dx[c] * scale[c] - offset[c] - (x[c] - mean[c]) * slope[c];
-                    }
-                }
+                finish_gradient(x, [mean, scale, offset, slope], dx);
             });
         });
         gradients[0] = Some(tensor(dx, context.inputs[0].dims())?);

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kNormThreads)
   int row = threadIdx.x / plan.columns, column = threadIdx.x % plan.columns;
   int64_t first_pixel = blockIdx.x * plan.per_chunk, sample = blockIdx.y * pixels;
   int count = static_cast<int>(min(plan.per_chunk, pixels - first_pixel));
+  wait_for_previous();
   for (int base = 0; base < channels; base += plan.columns * V) {
     int c = base + column * V;
     float first[V] = {}, second[V] = {};
@@ -169,8 +170,7 @@ extern "C" int lcm_group_norm_forward(const void *x1, const void *x2, const void
     dim3 grid(plan.chunks, static_cast<unsigned>(batch));
     auto *partial = static_cast<float2 *>(workspace);
     size_t shared = sizeof(float) * (2 * channels + V * plan.threads);
-    partial_moments<T, V><<<grid, plan.threads, shared, stream>>>(x, plan, pixels, groups, partial);
-    if (int error = launched()) return error;
+    if (int error = launch_dependent(partial_moments<T, V>, grid, plan.threads, shared, stream, x, plan, pixels, groups, partial)) return error;
     return launch_dependent(normalise<T, V>, grid, plan.threads, 2 * sizeof(float) * groups, stream, x,
                             (const T *)weight, (const T *)bias, (T *)y, mean, rstd, plan, pixels, groups, eps,
                             activation, partial);

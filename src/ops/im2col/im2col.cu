@@ -8,24 +8,25 @@ using namespace lcm;
 namespace {
 
 struct Shape {
-  int height, width, channels, kernel_height, kernel_width, stride, padding, out_height, out_width;
+  int height, width, channels, kernel_height, kernel_width, stride, padding, padding_end, out_height, out_width;
 };
 
 template <class T>
 struct Patches {
   const T *x;
   T *patches;
+  int64_t first; // output pixel
   Shape s;
   template <int V>
   __device__ void at(int64_t i) const {
     int64_t rest;
     unsigned c;
     split_index<V>(i, s.channels, rest, c);
-    unsigned index = static_cast<unsigned>(rest);
-    int kx = index % s.kernel_width;
-    index /= s.kernel_width;
-    int ky = index % s.kernel_height;
-    index /= s.kernel_height;
+    unsigned place = static_cast<unsigned>(rest);
+    int kx = place % s.kernel_width;
+    place /= s.kernel_width;
+    int ky = place % s.kernel_height;
+    unsigned index = static_cast<unsigned>(first) + place / s.kernel_height;
     int ox = index % s.out_width;
     index /= s.out_width;
     int oy = index % s.out_height;
@@ -78,9 +79,10 @@ struct Gather {
 // The sizes with those of the output; false where there is none.
 bool shape_of(Shape &s) {
   if (s.height < 1 || s.width < 1 || s.channels < 1 || s.kernel_height < 1 || s.kernel_width < 1 || s.stride < 1 ||
-      s.padding < 0)
+      s.padding < 0 || s.padding_end < 0)
     return false;
-  int down = s.height + 2 * s.padding - s.kernel_height, across = s.width + 2 * s.padding - s.kernel_width;
+  int padding = s.padding + s.padding_end;
+  int down = s.height + padding - s.kernel_height, across = s.width + padding - s.kernel_width;
   s.out_height = down / s.stride + 1;
   s.out_width = across / s.stride + 1;
   return down >= 0 && across >= 0;
@@ -89,21 +91,23 @@ bool shape_of(Shape &s) {
 } // namespace
 
 extern "C" int lcm_im2col_forward(const void *x, void *patches, int64_t batch, int height, int width, int channels,
-                                  int kernel_height, int kernel_width, int stride, int padding, int dtype,
-                                  cudaStream_t stream) {
-  Shape s{height, width, channels, kernel_height, kernel_width, stride, padding};
+                                  int kernel_height, int kernel_width, int stride, int padding, int padding_end,
+                                  int64_t first, int64_t pixels, int dtype, cudaStream_t stream) {
+  Shape s{height, width, channels, kernel_height, kernel_width, stride, padding, padding_end};
   if (batch < 0 || !shape_of(s)) return -1;
-  int64_t count = batch * s.out_height * s.out_width * kernel_height * kernel_width * channels;
+  int64_t all = batch * s.out_height * s.out_width;
+  if (first < 0 || pixels < 0 || first + pixels > all || all > 0xffffffffll) return -1;
+  int64_t count = pixels * kernel_height * kernel_width * channels;
   return dispatch(dtype, channels % wide(dtype) == 0 && aligned(x, patches), [&](auto kind) {
     using T = typename decltype(kind)::type;
-    return map<decltype(kind)::width>(Patches<T>{(const T *)x, (T *)patches, s}, count, stream);
+    return map<decltype(kind)::width>(Patches<T>{(const T *)x, (T *)patches, first, s}, count, stream);
   });
 }
 
 extern "C" int lcm_im2col_backward(const void *dpatches, void *dx, int64_t batch, int height, int width, int channels,
-                                   int kernel_height, int kernel_width, int stride, int padding, int dtype,
-                                   cudaStream_t stream) {
-  Shape s{height, width, channels, kernel_height, kernel_width, stride, padding};
+                                   int kernel_height, int kernel_width, int stride, int padding, int padding_end,
+                                   int dtype, cudaStream_t stream) {
+  Shape s{height, width, channels, kernel_height, kernel_width, stride, padding, padding_end};
   if (batch < 0 || !shape_of(s)) return -1;
   int64_t count = batch * height * width * channels;
   return dispatch(dtype, channels % wide(dtype) == 0 && aligned(dpatches, dx), [&](auto kind) {

@@ -4,6 +4,7 @@
 #include "layer_norm.h"
 
 #include "../columns.cuh"
+#include "../dependent_launch.cuh"
 
 using namespace lcm;
 
@@ -103,6 +104,92 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
     }
 }
 
+// The same for rows of at most 32 K packs: a warp takes a row, starts all its loads before the first is used, and needs no
+// other warp. It does not let the next
+// kernel start early: that may be one of cuBLAS, some of which are launched to start early but do not wait.
+// Grid: blocks of kWarps rows.
+constexpr int kWarps = 4;
+
+// Makes the compiler forget what it computed of the pack: it would hold the values as f32 too, and spill.
+template <class T, int V>
+__device__ __forceinline__ void forget(Pack<T, V> &pack) {
+  auto *words = reinterpret_cast<uint32_t *>(&pack);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 4); ++i) asm volatile("" : "+r"(words[i]));
+}
+
+template <class T, int V, int K>
+__global__ void __launch_bounds__(32 * kWarps, 4)
+    forward_of_warp(const T *x, const T *residual, const T *weight, const T *bias, T *h, T *y, float *mean, float *rstd,
+                    int64_t rows, int channels, float eps) {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int lane = threadIdx.x % 32, packs = channels / V;
+  wait_for_previous();
+  if (row >= rows) return;
+  int64_t start = row * channels;
+  Pack<T, V> held[K], others[K], weights[K], biases[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (lane + k * 32 < packs) held[k] = load_pack<V>(x + start + (lane + k * 32) * V);
+  if (residual) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (lane + k * 32 < packs) others[k] = load_pack<V>(residual + start + (lane + k * 32) * V);
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (lane + k * 32 < packs) {
+      weights[k] = load_pack<V>(weight + (lane + k * 32) * V);
+      biases[k] = load_pack<V>(bias + (lane + k * 32) * V);
+    }
+  if (residual) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (lane + k * 32 < packs) {
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+          held[k].values[i] = T(static_cast<float>(held[k].values[i]) + static_cast<float>(others[k].values[i]));
+        *reinterpret_cast<Pack<T, V> *>(h + start + (lane + k * 32) * V) = held[k];
+      }
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (lane + k * 32 < packs) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum += static_cast<float>(held[k].values[i]);
+    }
+  float centre = warp_sum(sum) / channels;
+  sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (lane + k * 32 < packs) {
+      forget(held[k]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        float off = static_cast<float>(held[k].values[i]) - centre;
+        sum += off * off;
+      }
+    }
+  float scale = 1.0f / sqrtf(warp_sum(sum) / channels + eps);
+  if (lane == 0) {
+    mean[row] = centre;
+    rstd[row] = scale;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (lane + k * 32 < packs) {
+      forget(held[k]), forget(weights[k]), forget(biases[k]);
+      float values[V], factors[V], offsets[V];
+      to_floats<V>(held[k], values);
+      to_floats<V>(weights[k], factors);
+      to_floats<V>(biases[k], offsets);
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = (values[i] - centre) * scale * factors[i] + offsets[i];
+      store<V>(y + start + (lane + k * 32) * V, values);
+    }
+}
+
 // dx = rstd (g - mean(g) - n mean(g n)) + dh, with g = dy weight and n the normalised row.
 template <class T, int V>
 __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
@@ -189,6 +276,15 @@ extern "C" int lcm_layer_norm_forward(const void *x, const void *residual, const
   return dispatch(dtype, vectorised, [&](auto kind) {
     using T = typename decltype(kind)::type;
     constexpr int V = decltype(kind)::width;
+    if constexpr (V > 1) {
+      auto by_warps = [&](auto kernel) {
+        return launch_dependent(kernel, static_cast<unsigned>(divide_up<int64_t>(rows, kWarps)), 32 * kWarps, 0, stream,
+                                (const T *)x, (const T *)residual, (const T *)weight, (const T *)bias, (T *)h, (T *)y, mean,
+                                rstd, rows, channels, eps);
+      };
+      if (channels <= 96 * V) return by_warps(forward_of_warp<T, V, 3>);
+      if (channels <= 160 * V) return by_warps(forward_of_warp<T, V, 5>);
+    }
     RowPlan plan(rows, channels / V, kHeld<V>);
     forward<T, V><<<plan.blocks, plan.threads, 0, stream>>>(
         (const T *)x, (const T *)residual, (const T *)weight, (const T *)bias, (T *)h, (T *)y, mean, rstd, rows, channels,

@@ -3,24 +3,43 @@ use candle_core::Tensor;
 use super::Linear;
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Matrix, Real, Threads, matmul, tensor, values};
+use crate::ops::support::{Matrix, Real, Threads, computed, matmul, tensor, values};
+
+/// Products of fewer rows are one task for the matrix product to divide.
+const FEW: usize = 256;
+
+/// Rows that are one task, whose share of the product is still in the cache when it is made: depends on shapes only,
+/// never on the machine.
+fn chunk(rows: usize) -> usize {
+    match rows < FEW {
+        true => rows.max(1),
+        false => rows.div_ceil(16).next_multiple_of(8).clamp(64, 512),
+    }
+}
+
+/// `x . right` for rows `x`, added to what `start` writes for the rows from a first one on, where it says it has.
+fn product<T: Real>(x: &[T], right: Matrix<'_, T>, start: impl Fn(usize, &mut [T]) -> bool + Sync) -> Vec<T> {
+    let (inner, out) = (right.rows, right.columns);
+    let rows = x.len() / inner.max(1);
+    let chunk = chunk(rows);
+    let threads = if chunk >= rows { Threads::All } else { Threads::No };
+    let part = |index: usize, y: &mut [T]| {
+        let (first, rows) = (index * chunk, y.len() / out);
+        let keep = start(first, y);
+        let x = Matrix::row_major(&x[first * inner..][..rows * inner], rows, inner);
+        matmul(y, out, keep, x, right, T::of(1.0), threads);
+    };
+    // One chunk is computed here, not as a task, by all threads together.
+    computed(rows * out, chunk * out, part)
+}
 
 pub(super) fn forward<T: Real>(linear: &Linear, inputs: &[Tensor]) -> Result<Forward> {
-    let (x, weight, bias) = (&inputs[0], &inputs[1], linear.places.bias.map(|place| &inputs[place]));
+    let (x, weight) = (&inputs[0], &inputs[1]);
     let (out, inner) = weight.dims2()?;
     let rows = x.elem_count() / inner.max(1);
     let (xs, ws) = (values::<T>("linear", x)?, values::<T>("linear", weight)?);
-    let mut y = Vec::with_capacity(rows * out);
-    match bias {
-        Some(bias) => {
-            let bias = values::<T>("linear", bias)?;
-            (0..rows).for_each(|_| y.extend_from_slice(&bias));
-        }
-        None => y.resize(rows * out, T::of(0.0)),
-    }
-    let (x_matrix, w_matrix) = (Matrix::row_major(&xs, rows, inner), Matrix::row_major(&ws, out, inner));
-    matmul(&mut y, out, bias.is_some(), x_matrix, w_matrix.transposed(), T::of(1.0), Threads::All);
-    linear.places.add("linear", inputs, &mut y)?;
+    let addends = linear.places.numbers::<T>("linear", inputs, out, rows)?;
+    let y = product(&xs, Matrix::row_major(&ws, out, inner).transposed(), |first, y| addends.write(first, y));
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(out);
@@ -33,18 +52,16 @@ pub(super) fn backward<T: Real>(linear: &Linear, context: &Backward<'_>) -> Resu
     let rows = x.elem_count() / inner.max(1);
     let gradient = context.gradient()?;
     let gs = values::<T>("linear", gradient)?;
-    let g_matrix = Matrix::row_major(&gs, rows, out);
     let mut gradients = vec![None; context.inputs.len()];
     if context.needs[0] {
         let ws = values::<T>("linear", weight)?;
-        let mut dx = vec![T::of(0.0); rows * inner];
-        matmul(&mut dx, inner, false, g_matrix, Matrix::row_major(&ws, out, inner), T::of(1.0), Threads::All);
+        let dx = product(&gs, Matrix::row_major(&ws, out, inner), |_, _| false);
         gradients[0] = Some(tensor(dx, x.dims())?);
     }
     if context.needs[1] {
         let xs = values::<T>("linear", x)?;
         let mut dw = vec![T::of(0.0); out * inner];
-        let x_matrix = Matrix::row_major(&xs, rows, inner);
+        let (g_matrix, x_matrix) = (Matrix::row_major(&gs, rows, out), Matrix::row_major(&xs, rows, inner));
         matmul(&mut dw, inner, false, g_matrix.transposed(), x_matrix, T::of(1.0), Threads::All);
         gradients[1] = Some(tensor(dw, weight.dims())?);
     }

@@ -36,6 +36,34 @@ pub(crate) fn product(
     Ok(out)
 }
 
+/// Several linear maps of one input in one launch: `weight` holds `parts` weights of one shape one after the other.
+/// Returns `(parts, ..., out)`. Nothing of it is differentiable.
+pub(crate) fn products(x: &Tensor, weight: &Tensor, parts: usize) -> Result<Tensor> {
+    let device = cuda_device("linear", x)?;
+    let x = x.detach().contiguous()?;
+    let (out, inner) = weight.dims2()?;
+    let (out, rows) = (out / parts.max(1), x.elem_count() / inner.max(1));
+    let mut shape = vec![parts];
+    shape.extend_from_slice(&x.dims()[..x.rank() - 1]);
+    shape.push(out);
+    let y = Buffer::new(&device, shape, x.dtype())?;
+    gemm(
+        &device,
+        &Gemm {
+            dtype: x.dtype(),
+            left: matrix(&x, rows, inner)?,
+            right: matrix(weight, out, inner)?.t(),
+            scale: 1.0,
+            addend: None,
+            bias: None,
+            out: y.pointer(),
+            out_dtype: x.dtype(),
+            batch: (parts, [0, out * inner, rows * out]),
+        },
+    )?;
+    Ok(y.into_tensor())
+}
+
 pub(crate) fn matrix(tensor: &Tensor, rows: usize, columns: usize) -> Result<Operand> {
     Ok(Operand::new(pointer("linear", tensor)?, rows, columns))
 }

@@ -3,13 +3,13 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::autograd::{Backward, Forward, Output};
-use crate::ops::support::{Real, tensor, values};
+use crate::ops::support::{Real, tensor, values, zeros};
 
 pub(super) fn forward<T: Real>(x: &Tensor) -> Result<Forward> {
     let (batch, height, width, channels) = x.dims4()?;
     let xs = values::<T>("upsample_nearest_2x", x)?;
     let row = width * channels;
-    let mut y = vec![T::of(0.0); 4 * xs.len()];
+    let mut y = zeros::<T>(4 * xs.len());
     y.par_chunks_mut(4 * row).zip(xs.par_chunks(row)).for_each(|(y, x)| {
         let (above, below) = y.split_at_mut(2 * row);
         for (pair, pixel) in above.chunks_exact_mut(2 * channels).zip(x.chunks_exact(channels)) {
@@ -26,7 +26,7 @@ pub(super) fn backward<T: Real>(context: &Backward<'_>) -> Result<Vec<Option<Ten
     let (_, _, width, channels) = x.dims4()?;
     let gs = values::<T>("upsample_nearest_2x", context.gradient()?)?;
     let row = width * channels;
-    let mut dx = vec![T::of(0.0); x.elem_count()];
+    let mut dx = zeros::<T>(x.elem_count());
     dx.par_chunks_mut(row).zip(gs.par_chunks(4 * row)).for_each(|(dx, g)| {
         let (above, below) = g.split_at(2 * row);
         let pairs = above.chunks_exact(2 * channels).zip(below.chunks_exact(2 * channels));

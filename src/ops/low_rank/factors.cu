@@ -1,5 +1,6 @@
-// One thread an element: the matrices are small, and one launch in place of one a factor is all that is asked for.
-#include "lora_factors.h"
+// The factors of several layers as two matrices, and their gradients back: for what the gradients' own kernels do not
+// take. One thread an element: the matrices are small, and one launch in place of one a factor is all that is asked for.
+#include "low_rank.h"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -14,7 +15,7 @@ struct Place {
   int64_t index;
 };
 
-__device__ Place place_of(const LcmLoraFactors &a, int64_t element) {
+__device__ Place place_of(const LcmLowRank &a, int64_t element) {
   const int64_t downs = int64_t(a.width) * a.input;
   Place place{0, -1, 0};
   if (element < downs) {
@@ -40,7 +41,7 @@ __device__ Place place_of(const LcmLoraFactors &a, int64_t element) {
   return place;
 }
 
-template <typename T> __global__ void pack(LcmLoraFactors a, int64_t elements) {
+template <typename T> __global__ void pack(LcmLowRank a, int64_t elements) {
   const int64_t element = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (element >= elements) return;
   const Place place = place_of(a, element);
@@ -51,7 +52,7 @@ template <typename T> __global__ void pack(LcmLoraFactors a, int64_t elements) {
   (element < downs ? static_cast<T *>(a.down_all) + element : static_cast<T *>(a.up_all) + (element - downs))[0] = from_float<T>(value);
 }
 
-template <typename T> __global__ void unpack(LcmLoraFactors a, int64_t elements) {
+template <typename T> __global__ void unpack(LcmLowRank a, int64_t elements) {
   const int64_t element = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (element >= elements) return;
   const Place place = place_of(a, element);
@@ -65,13 +66,13 @@ template <typename T> __global__ void unpack(LcmLoraFactors a, int64_t elements)
   }
 }
 
-int64_t elements_of(const LcmLoraFactors &a) {
+int64_t elements_of(const LcmLowRank &a) {
   int64_t outputs = 0;
   for (int layer = 0; layer < a.count; layer++) outputs += a.output[layer];
   return int64_t(a.width) * (a.input + outputs);
 }
 
-template <typename T> int launch(const LcmLoraFactors &a, bool forward, cudaStream_t stream) {
+template <typename T> int launch(const LcmLowRank &a, bool forward, cudaStream_t stream) {
   const int64_t elements = elements_of(a);
   const unsigned blocks = unsigned((elements + 255) / 256);
   if (forward) pack<T><<<blocks, 256, 0, stream>>>(a, elements);
@@ -79,8 +80,8 @@ template <typename T> int launch(const LcmLoraFactors &a, bool forward, cudaStre
   return cudaGetLastError();
 }
 
-int dispatch(const LcmLoraFactors *call, bool forward, cudaStream_t stream) {
-  if (call->count < 1 || call->count > LCM_LORA_LAYERS) return -1;
+int dispatch(const LcmLowRank *call, bool forward, cudaStream_t stream) {
+  if (call->count < 1 || call->count > LCM_LOW_RANK_LAYERS) return -1;
   switch (call->dtype) {
   case 0: return launch<float>(*call, forward, stream);
   case 1: return launch<__nv_bfloat16>(*call, forward, stream);
@@ -91,5 +92,5 @@ int dispatch(const LcmLoraFactors *call, bool forward, cudaStream_t stream) {
 
 } // namespace
 
-extern "C" int lcm_lora_factors_forward(const LcmLoraFactors *call, cudaStream_t stream) { return dispatch(call, true, stream); }
-extern "C" int lcm_lora_factors_backward(const LcmLoraFactors *call, cudaStream_t stream) { return dispatch(call, false, stream); }
+extern "C" int lcm_low_rank_pack(const LcmLowRank *call, cudaStream_t stream) { return dispatch(call, true, stream); }
+extern "C" int lcm_low_rank_unpack(const LcmLowRank *call, cudaStream_t stream) { return dispatch(call, false, stream); }
