@@ -1,4 +1,4 @@
-//! The kernel for linear layers on Hopper (`ops/linear/hopper.cu`, `hopper_gated.cu`).
+//! The kernel for linear layers on Hopper (`ops/linear/hopper.cu`).
 
 use std::ffi::c_void;
 

@@ -105,9 +105,7 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
 }
 
 // The same for rows of at most 32 K packs: a warp takes a row, starts all its loads before the first is used, and needs no
-// other warp. It does not let the next
-// kernel start early: that may be one of cuBLAS, some of which are launched to start early but do not wait.
-// Grid: blocks of kWarps rows.
+// other warp. Grid: blocks of kWarps rows.
 constexpr int kWarps = 4;
 
 // Makes the compiler forget what it computed of the pack: it would hold the values as f32 too, and spill.
