@@ -80,7 +80,7 @@ impl Attention {
         let (q, k, v) = (self.to_q.forward(&y)?, self.to_k.forward(&y)?, self.to_v.forward(&y)?);
         let y = ops::attention(&q, (&k, &v), None, 1, Mask::None)?;
         let residual = ops::reshape(x, y.shape())?;
-        Ok(ops::reshape(&self.to_out.forward_adding(&y, &Loras::none(), Some(&residual))?, x.shape())?)
+        ops::reshape(&self.to_out.forward_adding(&y, &Loras::none(), Some(&residual))?, x.shape())
     }
 }
 
