@@ -246,7 +246,7 @@ class Miniature:
         ).to(memory_format=memory_format)  # fmt: skip
         self.autoencoder = loaded(
             AutoencoderTiny(
-                encoder_block_out_channels=(16,) * 3, decoder_block_out_channels=(16,) * 3, latent_channels=4,
+                encoder_block_out_channels=(24,) * 3, decoder_block_out_channels=(24,) * 3, latent_channels=4,
                 num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1),
             ), "autoencoder.", ("scaling_factor", "shift"),
         ).to(memory_format=memory_format)  # fmt: skip
