@@ -25,7 +25,7 @@ use crate::statistics::mean;
 /// DDIM steps, and how many of them are left where the latents are guided (paper, section 5.1).
 const STEPS: usize = 50;
 const AT: usize = 44;
-/// Gradient steps and their length, chosen on the people for choices; the paper names neither.
+/// Gradient steps and their length; the paper names neither, and they were not tuned.
 const REPEATS: usize = 20;
 const STEP_SIZE: f64 = 0.05;
 const PROMPT: &str = "a photo of a face";
