@@ -1,7 +1,7 @@
 // What the kernels of the backward pass share: their arguments, the layout of the scratch memory, and small pieces of register arithmetic.
 #pragma once
 #include "attention.h"
-#include "hopper_backward_ptx.cuh"
+#include "hopper_ptx.cuh"
 
 namespace lcm::backward {
 using namespace lcm::hopper;

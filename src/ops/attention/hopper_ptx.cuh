@@ -31,8 +31,13 @@ __device__ inline bool barrier_try(uint64_t *b, uint32_t parity) {
 __device__ inline void barrier_wait(uint64_t *b, uint32_t parity) {
   while (!barrier_try(b, parity)) {}
 }
+// Hardware barrier ID for `threads` threads; arrive does not wait. The number must be known to the compiler: of barriers
+// numbered at run time it assumes all 16, and with them it gives up the registers that setmaxnreg brings.
+template <int ID> __device__ inline void named_sync(int threads) { asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory"); }
+template <int ID> __device__ inline void named_arrive(int threads) { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(threads) : "memory"); }
 
 // ---- tensor-map copies ----------------------------------------------------------------------------------------------
+__device__ inline void prefetch_map(const CUtensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ inline void load_box(void *to, const CUtensorMap *map, uint64_t *b, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                ::"r"(shared_address(to)), "l"(map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
@@ -55,6 +60,10 @@ template <int N> __device__ inline void wgmma_wait() { asm volatile("wgmma.wait_
 template <int N> __device__ inline void pin(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N> __device__ inline void pin(uint32_t (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 #define LCM_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
