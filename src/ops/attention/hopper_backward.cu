@@ -72,8 +72,7 @@ static bool encode(CUtensorMap *map, int dtype, const void *data, int heads, int
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Launches a kernel that fills one multiprocessor per block.
-// Launches a kernel that may begin while the one before it ends.
+// Launches a kernel, of one block a multiprocessor, that may begin while the one before it ends.
 template <class... Parameters> static int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, cudaStream_t stream, const Parameters &...parameters) {
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)) return e;
   cudaLaunchAttribute early = {};
@@ -91,12 +90,14 @@ template <class T> static int run(const LcmAttentionGradient &a, const Plan &pla
   if (const int e = cudaGetLastError()) return e;
   const int own = tiles(f.own_tokens), reference = f.k2 ? tiles(f.reference_tokens) : 0;
   const auto blocks = [](int items) { return dim3(items < device().multiprocessors ? items : device().multiprocessors); };
+  const int key_tiles = plan.own || plan.fused ? own : 0, reference_key_tiles = plan.reference || plan.fused ? reference : 0;
+  p.keys_follow = key_tiles || reference_key_tiles;
   if (plan.dq_alone) {
     p.own_tiles = own, p.reference_tiles = reference, p.items = p.query_tiles * f.heads * f.batch;
     if (const int e = launch(query_gradients<T>, blocks(p.items), kThreads, sizeof(QueryMemory), stream, maps, p)) return e;
     p.after_queries = 1;
   }
-  p.own_tiles = plan.own || plan.fused ? own : 0, p.reference_tiles = plan.reference || plan.fused ? reference : 0;
+  p.own_tiles = key_tiles, p.reference_tiles = reference_key_tiles;
   p.reference_items = p.reference_tiles ? p.reference_tiles * f.heads * f.reference_batch : 0;
   p.items = p.reference_items + p.own_tiles * f.heads * f.batch;
   if (!p.items) return 0;

@@ -231,7 +231,7 @@ template <class T, bool kDq> __global__ void __launch_bounds__(kThreads, 1) key_
   }
   __syncthreads();
   if (!p.after_queries) wait_for_earlier_kernel();
-  let_next_kernel_start();
+  if constexpr (kDq) let_next_kernel_start(); // that which rounds dq
   const int group = threadIdx.x / 128;
   if (group == 0) {
     registers_lower<24>();

@@ -26,6 +26,7 @@ struct Arguments {
   int batch, heads, tokens, own_tokens, reference_tokens, reference_batch;
   int query_tiles, own_tiles, reference_tiles; // tiles of the keys whose gradient (key kernel) or whose part in dq (query kernel) is computed
   int after_queries;             // the key kernel was launched behind the query kernel, whose results it does not need
+  int keys_follow;               // the key kernel will be launched behind the query kernel
   int reference_items, items;    // key kernel: (key tile, head, sample) triples of the reference, and of both sources
   float scale;
   __device__ bool uses_reference(int b) const { return !use_reference || use_reference[b]; }
@@ -46,6 +47,7 @@ __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint3
 }
 
 // Programmatic dependent launch: a kernel launched behind another may begin once all blocks of that one have said so or ended, and sees what it wrote after the wait.
+// Only a kernel whose successor is launched here too may let it: a library's kernel may start early as well, and not wait (dependent_launch.cuh).
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -119,7 +119,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) query_gradient
   }
   __syncthreads();
   wait_for_earlier_kernel();
-  let_next_kernel_start();
+  if (p.keys_follow) let_next_kernel_start();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     registers_lower<24>();
