@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::TrainConfig;
+use super::{LossReport, TrainConfig};
 use crate::Result;
 use crate::data::Batch;
 use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_text};
@@ -27,19 +27,6 @@ pub struct Prepared {
     null_features: Tensor,
     pub(super) text: Conditioning,
     encoder_text: Conditioning,
-}
-
-/// What a step's losses came to.
-#[derive(Clone, Debug, Default)]
-pub struct LossReport {
-    /// The diffusion loss (equation 2).
-    pub diffusion: Option<f64>,
-    /// Each image loss (equation 4): name, value before its weight, samples that counted.
-    pub lookahead: Vec<(String, f64, usize)>,
-    /// The loss that keeps the LCM path aligned (section 4.2): name and value before its weight.
-    pub alignment: Option<(&'static str, f64)>,
-    /// Scale of the LCM-LoRA in the lookahead pass.
-    pub lora_scale: Option<f64>,
 }
 
 /// The losses of a training step, as differentiable scalars.
