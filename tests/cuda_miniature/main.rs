@@ -8,6 +8,7 @@ mod common;
 mod networks;
 mod optimizer;
 mod sampling;
+mod sensitivity;
 mod training;
 
 use std::sync::LazyLock;

@@ -16,18 +16,13 @@ use lcm_lookahead::models::{
 use lcm_lookahead::nn::{Parameters, Weights};
 use lcm_lookahead::random::Address;
 
+use crate::sensitivity::{BEYOND, SAYS_NOTHING, moved, root_mean_square};
 use crate::{error, gpu, numbers, random};
 
 type Run = Box<dyn Fn(&Tensor) -> Result<Vec<Tensor>>>;
 
 /// Largest relative error in f32 and bf16, of values and of gradients of smooth networks.
 const LIMITS: [(DType, f64); 2] = [(DType::F32, 1e-4), (DType::BF16, 2e-2)];
-/// How much further the bf16 gradient of a network with kinks may lie from the f32 one than the latter moves by itself
-/// ([`sensitivity`]). One pass in bf16 is one draw of that movement: PyTorch's lies 0.05 to 2.0 times as far, over
-/// 70 draws of networks (`tests/fixtures/bf16_gradients.py`).
-const BEYOND_SENSITIVITY: f64 = 2.5;
-/// A limit above this would pass gradients that have lost or doubled a path.
-const SAYS_NOTHING: f64 = 0.6;
 /// Draws of the sensitivity.
 const DRAWS: u64 = 32;
 
@@ -89,12 +84,6 @@ impl Report {
     }
 }
 
-/// `x` with each number moved by up to the unit roundoff of bf16, `2^-8`.
-fn moved(x: &Tensor, address: Address) -> Result<Tensor> {
-    let by = ((address.uniform_tensor(x.shape(), DType::F32, &Device::Cpu)? * 2.0)? - 1.0)?;
-    Ok((x + (x * by)? * 2f64.powi(-8))?)
-}
-
 /// How far the f32 gradient on the CPU moves, as root mean square over draws, when every weight and every number of the
 /// input moves by bf16's rounding. That a layer rounds its output is the same as exact arithmetic on weights so moved,
 /// thus every layer's activations move by about as much as in bf16, and as many signs change.
@@ -109,16 +98,15 @@ fn sensitivity(
     (input, gradient): (&Tensor, Gradient),
     expected: &Tensor,
 ) -> Result<f64> {
-    let mut squares = 0.0;
-    for draw in 0..DRAWS {
+    root_mean_square(DRAWS, |draw| {
         let at = |place: usize| Address::new(12, "rounding").step(draw).sample(place);
-        let weights = weights.iter().enumerate().map(|(i, (name, x))| Ok((name.clone(), moved(x, at(i + 1))?)));
+        let moved = |x: &Tensor, place: usize| moved(x, DType::BF16, at(place));
+        let weights = weights.iter().enumerate().map(|(i, (name, x))| Ok((name.clone(), moved(x, i + 1)?)));
         let weights = Weights::frozen("moved weights", weights.collect::<Result<_>>()?);
         let network = load(&weights, DType::F32, &Device::Cpu)?;
-        let found = run(&network, &moved(input, at(0))?, gradient)?;
-        squares += error(found.last().expect("a gradient"), expected).powi(2);
-    }
-    Ok((squares / DRAWS as f64).sqrt())
+        let found = run(&network, &moved(input, 0)?, gradient)?;
+        Ok(error(found.last().expect("a gradient"), expected))
+    })
 }
 
 /// Writes what `tests/fixtures/bf16_gradients.py` asks for, to compute the same in PyTorch.
@@ -177,7 +165,7 @@ fn compare(
                 what = "gradient of the input".to_string();
                 if gradient == Gradient::Kinked && dtype == DType::BF16 {
                     let moves = sensitivity(&load, &weights, (&exact, gradient), expected)?;
-                    limit = limit.max(BEYOND_SENSITIVITY * moves);
+                    limit = limit.max(BEYOND * moves);
                     what += &format!(" (moves by {moves:.2e})");
                     if !limit.lt(&SAYS_NOTHING) {
                         failures.push(format!("{name} {dtype:?}, {what}: too sensitive to be compared"));
