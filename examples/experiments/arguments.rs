@@ -9,7 +9,7 @@ use clap::{Args, Parser, ValueEnum};
 
 use crate::plan::{Plan, Row};
 use crate::support::Compute;
-use crate::{ablation, alignment, annealing, guidance, keeping, updates};
+use crate::{ablation, alignment, annealing, branches, guidance, keeping, updates};
 
 /// Repeats the paper's experiments on the miniature, with the weights that are part of the crate.
 ///
@@ -139,6 +139,8 @@ enum Experiment {
     Annealing,
     /// One update of both losses, or one of each.
     Updates,
+    /// What image tokens and reference contribute to the pictures of one encoder.
+    Branches,
     /// Guidance through the preview, and through x0 (figure 5).
     Guidance,
 }
@@ -152,6 +154,7 @@ impl Arguments {
             Experiment::Keeping => keeping::PLAN,
             Experiment::Annealing => annealing::PLAN,
             Experiment::Updates => updates::PLAN,
+            Experiment::Branches => branches::PLAN,
             Experiment::Guidance => guidance::PLAN,
         };
         match (self.table.as_deref(), self.figure.as_deref()) {

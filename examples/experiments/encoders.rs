@@ -1,6 +1,7 @@
 //! The rows of the tables that compare encoders: one is made, then judged.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -9,7 +10,7 @@ use lcm_lookahead::mini::RESOLUTION;
 use lcm_lookahead::mini::portrait::HELD_OUT_COMBINATIONS;
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::train::LrSchedule;
-use lcm_lookahead::{FaceDataset, Personalizer, TrainConfig, Trainer};
+use lcm_lookahead::{FaceDataset, Guidance, Personalizer, TrainConfig, Trainer};
 
 use crate::evaluation::{self, Metrics};
 use crate::outcome::Outcome;
@@ -21,7 +22,7 @@ use crate::setting::Setting;
 pub fn adapter(setting: &Setting, unit: Unit, scale: f64) -> anyhow::Result<Outcome> {
     let adapter = &setting.adapter;
     let personalizer = Personalizer::from_adapter(setting.base.clone(), &adapter.resampler, adapter.tensors.clone())?;
-    evaluate(setting, unit, &personalizer, scale, false)
+    evaluate(setting, unit, &personalizer, scale, setting.guidance(false))
 }
 
 /// The renderer's own pictures of the people in the prompts: what a perfect model would draw.
@@ -66,8 +67,7 @@ pub fn watched(
     let mut config = configuration(setting, unit.seed);
     change(&mut config);
     let kv_branch = config.adapter.kv_branch;
-    let run = setting.out.join("runs").join(unit.name());
-    let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run)?;
+    let mut trainer = Trainer::new(setting.base.clone(), &setting.adapter, dataset, config, run_folder(setting, unit))?;
     let (mut seconds, mut first_half, steps) = (0.0, 0.0, setting.size.steps);
     let (mut diffusion, mut lookahead, mut norms) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
     for step in 0..steps {
@@ -90,10 +90,12 @@ pub fn watched(
     watch(steps, &trainer)?;
     // Of the second half: the first iterations on a GPU also load its kernels.
     let rate = (steps - steps / 2) as f64 / (seconds - first_half);
+    // The trained encoder is kept, for `personalize --checkpoint` for instance.
+    trainer.save_checkpoint().with_context(|| unit.name())?;
     let personalizer = trainer.personalizer()?;
     // What training held on to is not needed for sampling.
     drop(trainer);
-    let mut outcome = evaluate(setting, unit, &personalizer, 1.0, kv_branch)?;
+    let mut outcome = evaluate(setting, unit, &personalizer, 1.0, setting.guidance(kv_branch))?;
     outcome.speed.extend([("training".to_string(), seconds), ("steps_per_second".into(), rate)]);
     // Losses and the norms of their gradients (of alternating updates one after the other) at the beginning and at the
     // end, each over a tenth of the run.
@@ -109,6 +111,11 @@ pub fn watched(
         outcome.parts.insert(name.into(), means.collect());
     }
     Ok(outcome)
+}
+
+/// Where a trained row's encoder is kept.
+pub fn run_folder(setting: &Setting, unit: Unit) -> PathBuf {
+    setting.out.join("runs").join(unit.name())
 }
 
 /// What all trained rows have in common: the whole method.
@@ -127,19 +134,16 @@ pub fn configuration(setting: &Setting, seed: u64) -> TrainConfig {
     config
 }
 
-fn evaluate(
+/// Judges an encoder that draws with its image tokens at a scale, and with a guidance.
+pub fn evaluate(
     setting: &Setting,
     unit: Unit,
     personalizer: &Personalizer,
     adapter_scale: f64,
-    kv_branch: bool,
+    guidance: Guidance,
 ) -> anyhow::Result<Outcome> {
-    let options = Options {
-        steps: setting.size.sampling_steps,
-        guidance: setting.guidance(kv_branch),
-        adapter_scale,
-        ..personalizer.default_options()
-    };
+    let options =
+        Options { steps: setting.size.sampling_steps, guidance, adapter_scale, ..personalizer.default_options() };
     let start = Instant::now();
     let metrics = evaluation::of_encoder(setting, unit, personalizer, &options)?;
     Ok(outcome(setting, unit, metrics, [("evaluation", start.elapsed().as_secs_f64())]))

@@ -4,6 +4,7 @@ mod ablation;
 mod alignment;
 mod annealing;
 mod arguments;
+mod branches;
 mod encoders;
 mod evaluation;
 mod guidance;
