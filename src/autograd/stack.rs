@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use candle_core::Device;
 
-use super::tape;
+use super::{leaves, tape};
 use crate::{Error, Result};
 
 /// Bytes of address space; only what is touched takes memory.
@@ -44,8 +44,7 @@ fn pool() -> Result<&'static rayon::ThreadPool> {
 pub fn with_large_stack<T: Send>(run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     match IS_LARGE.get() {
         true => run(),
-        // While it waits, a thread of the pool may begin with the work of another one that came here.
-        false => pool()?.install(|| tape::apart(run)),
+        false => pool()?.install(|| alone(run)),
     }
 }
 
@@ -55,6 +54,29 @@ pub(crate) fn on_pool<T: Send>(device: &Device, run: impl FnOnce() -> T + Send) 
     if !device.is_cpu() || rayon::current_thread_index().is_some() || tape::has_frames() {
         return run();
     }
-    // As above.
-    rayon::scope(|_| tape::apart(run))
+    rayon::scope(|_| alone(run))
+}
+
+/// Runs what came to this thread from another one. While it waits, a thread of the pool may begin with such work: what the
+/// thread is recording for itself, on a tape or of gradients, is not about that.
+fn alone<T>(run: impl FnOnce() -> T) -> T {
+    tape::apart(|| leaves::suspended(run))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::gradients;
+
+    #[test]
+    fn work_of_another_thread_does_not_hand_its_gradients_to_this_one() -> Result<()> {
+        let none = gradients(|| {
+            assert!(leaves::active());
+            assert!(!alone(leaves::active));
+            assert!(leaves::active());
+            Ok(None)
+        })?;
+        assert!(none.is_none());
+        Ok(())
+    }
 }
