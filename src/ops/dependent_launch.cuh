@@ -23,13 +23,20 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// Says for which architecture the code was compiled that the device runs: all kernels are compiled for the same ones. A
+// template, so that files which do not ask need not have it.
+template <int = 0> __global__ void compiled_for() {}
+
 inline bool has_dependent_launch() {
   static int cached = -1; // as in `multiprocessors`
   int known = __atomic_load_n(&cached, __ATOMIC_RELAXED);
   if (known < 0) {
     int device = 0, major = 0;
+    cudaFuncAttributes code = {};
+    // A device of capability 9 or newer may run the code for 8.0, in which nothing waits.
     known = cudaGetDevice(&device) == cudaSuccess &&
-            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 &&
+            cudaFuncGetAttributes(&code, compiled_for<>) == cudaSuccess && code.ptxVersion >= 90;
     __atomic_store_n(&cached, known, __ATOMIC_RELAXED);
   }
   return known > 0;
