@@ -80,34 +80,37 @@ pub struct Arguments {
     #[arg(long)]
     pub validation: bool,
     #[command(flatten)]
-    pub hyperparameters: Hyperparameters,
+    pub hyperparameters: HyperparameterArguments,
     #[command(flatten)]
     pub size: SizeArguments,
 }
 
-/// What can be chosen on the validation people.
+/// What can be chosen on the validation people; the defaults with --full were.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Hyperparameters")]
-pub struct Hyperparameters {
+pub struct HyperparameterArguments {
     /// Learning rate of the adapter.
     #[arg(long, value_name = "RATE", default_value_t = 3e-4)]
     pub adapter_lr: f64,
-    /// Learning rate of the KV branch's LoRA.
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
-    pub learning_rate: f64,
-    /// Weight of the identity loss beside the diffusion loss.
-    #[arg(long, value_name = "WEIGHT", default_value_t = 0.1)]
-    pub identity_weight: f64,
+    /// Learning rate of the KV branch's LoRA [default: 1e-3, with --full 1e-2]
+    #[arg(long, value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// Weight of the identity loss beside the diffusion loss [default: 0.1, with --full 0.03]
+    #[arg(long, value_name = "WEIGHT")]
+    pub identity_weight: Option<f64>,
     /// Guidance scale of all sampling. With a KV branch it is divided among the three terms as the official one is.
     #[arg(long, value_name = "SCALE", default_value_t = 3.0)]
     pub guidance_scale: f64,
+    /// Guidance scale of the model that teaches in score distillation and the consistency loss (1: none).
+    #[arg(long, value_name = "SCALE", default_value_t = 3.0)]
+    pub teacher_guidance: f64,
 }
 
 /// How much is done.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Size")]
 pub struct SizeArguments {
-    /// Training iterations of a row [default: 60, with --full 400]
+    /// Training iterations of a row [default: 60, with --full 600]
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
     /// Samples of a training iteration [default: 4, with --full 16]

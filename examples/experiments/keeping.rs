@@ -34,37 +34,38 @@ pub const PLAN: Plan = Plan {
     name: "keeping",
     title: "Keeping the preview aligned (section 4.2)",
     rows: &[
-        Row { name: "keeping-plain", title: "plain lookahead", run: |s, u| measure(s, u, |_| {}) },
+        Row { name: "keeping-plain", title: "plain lookahead", run: |s, u| measure(s, u, |_, _| {}) },
         Row {
             name: "keeping-rescaled",
             title: "random scale of the LCM-LoRA",
-            run: |s, u| measure(s, u, |config| config.lookahead.lora_scale.full_probability = 0.5),
+            run: |s, u| measure(s, u, |_, config| config.lookahead.lora_scale.full_probability = 0.5),
         },
-        Row { name: "keeping-sds", title: "score distillation", run: |s, u| measure(s, u, |c| beside(c, SDS, 1.0)) },
+        Row { name: "keeping-sds", title: "score distillation", run: |s, u| measure(s, u, |s, c| beside(s, c, SDS)) },
         Row {
             name: "keeping-consistency",
             title: "consistency loss",
-            run: |s, u| measure(s, u, |c| beside(c, CONSISTENCY, 1.0)),
+            run: |s, u| measure(s, u, |s, c| beside(s, c, CONSISTENCY)),
         },
     ],
     table,
     sheet,
 };
 
-/// Sets a loss beside the identity loss. The teacher is guided as the LCM-LoRA's was.
-fn beside(config: &mut TrainConfig, loss: AlignmentLoss, weight: f64) {
+/// Sets a loss beside the identity loss. By default the teacher is guided as the LCM-LoRA's was.
+fn beside(setting: &Setting, config: &mut TrainConfig, loss: AlignmentLoss) {
+    let guidance_scale = setting.hyperparameters.teacher_guidance;
     config.lookahead.alignment =
-        AlignmentConfig { loss, weight, guidance_scale: 3.0, ..config.lookahead.alignment.clone() };
+        AlignmentConfig { loss, weight: 1.0, guidance_scale, ..config.lookahead.alignment.clone() };
 }
 
 /// Trains an encoder, looks at its previews on the way, and judges it as the other experiments do.
-fn measure(setting: &Setting, unit: Unit, change: fn(&mut TrainConfig)) -> anyhow::Result<Outcome> {
+fn measure(setting: &Setting, unit: Unit, change: fn(&Setting, &mut TrainConfig)) -> anyhow::Result<Outcome> {
     let steps = setting.size.steps;
     let mut looks = BTreeMap::new();
     let configure = |config: &mut TrainConfig| {
         config.lookahead.identity_weight *= STRENGTH;
         config.lookahead.lora_scale.full_probability = 1.0;
-        change(config);
+        change(setting, config);
     };
     let mut outcome = watched(setting, unit, people::training_set(setting)?, configure, |step, trainer| {
         for percent in LOOKS.into_iter().filter(|percent| percent * steps / 100 == step) {

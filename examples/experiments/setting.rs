@@ -11,7 +11,7 @@ use lcm_lookahead::train::AdapterInit;
 use lcm_lookahead::{Base, Guidance};
 use serde::{Deserialize, Serialize};
 
-use crate::arguments::{Arguments, Hyperparameters};
+use crate::arguments::Arguments;
 use crate::judge::Judge;
 
 /// The frozen networks, the judge, and how much is to be done. Each thread has its own.
@@ -30,6 +30,30 @@ pub struct Setting {
     pub fingerprint: String,
     /// First seed of the run, whose pictures are kept.
     pub first_seed: u64,
+}
+
+/// What was chosen on the validation people.
+#[derive(Clone, Debug)]
+pub struct Hyperparameters {
+    pub adapter_lr: f64,
+    pub learning_rate: f64,
+    pub identity_weight: f64,
+    pub guidance_scale: f64,
+    pub teacher_guidance: f64,
+}
+
+impl Hyperparameters {
+    pub fn of(arguments: &Arguments) -> Self {
+        let (asked, full) = (&arguments.hyperparameters, arguments.full);
+        let or = |asked: Option<f64>, quick: f64, published: f64| asked.unwrap_or(if full { published } else { quick });
+        Hyperparameters {
+            adapter_lr: asked.adapter_lr,
+            learning_rate: or(asked.learning_rate, 1e-3, 1e-2),
+            identity_weight: or(asked.identity_weight, 0.1, 0.03),
+            guidance_scale: asked.guidance_scale,
+            teacher_guidance: asked.teacher_guidance,
+        }
+    }
 }
 
 /// How much is done.
@@ -62,7 +86,7 @@ impl Size {
             asked.unwrap_or(if full { published } else { quick }).max(1)
         };
         Size {
-            steps: asked.steps.unwrap_or(if full { 400 } else { 60 }).max(1),
+            steps: asked.steps.unwrap_or(if full { 600 } else { 60 }).max(1),
             batch: or(asked.batch, 4, 16),
             training_people: or(asked.training_people, 64, 2000),
             people: or(asked.people, 6, 40),
@@ -103,7 +127,7 @@ impl Setting {
             adapter,
             judge,
             size: Size::of(arguments),
-            hyperparameters: arguments.hyperparameters.clone(),
+            hyperparameters: Hyperparameters::of(arguments),
             out: arguments.out(),
             data: arguments.data().0,
             fingerprint: fingerprint(arguments)?,
@@ -161,6 +185,6 @@ pub fn fingerprint(arguments: &Arguments) -> anyhow::Result<String> {
     };
     let weights = arguments.weights.as_deref().map_or(Ok("of the crate".to_string()), checksum)?;
     let judge = checksum(&held_out_path(arguments)?)?;
-    let (size, hyperparameters) = (Size::of(arguments), &arguments.hyperparameters);
+    let (size, hyperparameters) = (Size::of(arguments), Hyperparameters::of(arguments));
     Ok(format!("{size:?}, {hyperparameters:?}, weights {weights}, judge {judge}"))
 }
