@@ -145,7 +145,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 /// Whether a path is a run of the train example, or a checkpoint of one.
 fn is_run(path: &Path) -> anyhow::Result<bool> {
-    Ok(path.join("state.json").exists() || checkpoint::latest(path)?.is_some())
+    Ok(path.join("state.json").exists() || path.is_dir() && checkpoint::latest(path)?.is_some())
 }
 
 fn options(arguments: &Arguments, defaults: Options) -> anyhow::Result<Options> {
