@@ -1,0 +1,147 @@
+//! Attention over one and two sources, and to text and image tokens.
+
+use lcm_lookahead::Result;
+use lcm_lookahead::ops::{self, Mask};
+
+use crate::{compare, random};
+
+#[test]
+fn cross_attention_to_text_and_image_tokens_equals_the_cpu() -> Result<()> {
+    for (heads, width, tokens) in [(2, 64, 200), (1, 64, 1024), (2, 32, 50)] {
+        let channels = heads * width;
+        let inputs = [
+            random("q", &[2, tokens, channels]),
+            random("k", &[2, 77, channels]),
+            random("v", &[2, 77, channels]),
+            random("ki", &[2, 16, channels]),
+            random("vi", &[2, 16, channels]),
+        ];
+        compare(&format!("cross-attention {heads}x{width} {tokens}"), &inputs, |t| {
+            ops::cross_attention(&t[0], (&t[1], &t[2]), Some(((&t[3], &t[4]), 0.6)), heads)
+        })?;
+        let packed = [inputs[0].clone(), random("kv", &[2, 77, 2 * channels])];
+        compare(&format!("packed cross-attention {heads}x{width} {tokens}"), &packed, |t| {
+            ops::cross_attention_packed(&t[0], &t[1], None, heads)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn samples_without_the_reference_equal_the_cpu() -> Result<()> {
+    let inputs = [
+        random("q", &[3, 150, 128]),
+        random("k", &[3, 150, 128]),
+        random("v", &[3, 150, 128]),
+        random("k2", &[3, 130, 128]),
+        random("v2", &[3, 130, 128]),
+    ];
+    compare("attention where", &inputs, |t| {
+        ops::attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[false, true, false], 2)
+    })
+}
+
+#[test]
+fn attention_over_two_sources_equals_the_cpu() -> Result<()> {
+    for (batch, heads, width, tokens, own, reference, reference_batch) in [
+        (2, 2, 64, 128, 128, 128, 2),
+        (3, 1, 64, 100, 77, 130, 1),
+        (1, 2, 64, 65, 200, 33, 1),
+        (2, 3, 16, 40, 40, 64, 2),
+        (2, 2, 32, 70, 16, 5, 1),
+        (2, 1, 80, 33, 50, 20, 2),
+    ] {
+        let channels = heads * width;
+        let inputs = [
+            random("q", &[batch, tokens, channels]),
+            random("k", &[batch, own, channels]),
+            random("v", &[batch, own, channels]),
+            random("k2", &[reference_batch, reference, channels]),
+            random("v2", &[reference_batch, reference, channels]),
+        ];
+        compare(&format!("attention {batch} {heads}x{width} {tokens} {own}+{reference}"), &inputs, |t| {
+            ops::attention(&t[0], (&t[1], &t[2]), Some((&t[3], &t[4])), heads, Mask::None)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn plain_and_causal_attention_equal_the_cpu() -> Result<()> {
+    for (heads, width, tokens, own, mask) in [
+        (2, 64, 256, 256, Mask::None),
+        (2, 64, 200, 77, Mask::None),
+        (2, 64, 77, 77, Mask::Causal),
+        (2, 32, 32, 32, Mask::Causal),
+        (1, 24, 19, 19, Mask::None),
+    ] {
+        let channels = heads * width;
+        let keys = [2, own, channels];
+        let inputs = [random("q", &[2, tokens, channels]), random("k", &keys), random("v", &keys)];
+        compare(&format!("attention {heads}x{width} {tokens} {own} {mask:?}"), &inputs, |t| {
+            ops::attention(&t[0], (&t[1], &t[2]), None, heads, mask)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_self_attention_equals_the_cpu() -> Result<()> {
+    for (heads, width, tokens, reference) in [(2, 64, 200, 70), (3, 16, 40, 40)] {
+        let channels = heads * width;
+        let inputs = [
+            random("qkv", &[2, tokens, 3 * channels]),
+            random("k2", &[2, reference, channels]),
+            random("v2", &[2, reference, channels]),
+        ];
+        compare(&format!("packed attention {heads}x{width} {tokens}+{reference}"), &inputs, |t| {
+            ops::attention_packed(&t[0], Some((&t[1], &t[2])), Some(&[true, false]), heads)
+        })?;
+        compare(&format!("packed attention {heads}x{width} {tokens}"), &inputs[..1], |t| {
+            ops::attention_packed(&t[0], None, None, heads)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_over_wide_heads_equals_the_cpu() -> Result<()> {
+    for (heads, width, tokens, own, reference, mask) in [
+        (1, 512, 70, 70, None, Mask::None),
+        (2, 264, 33, 40, None, Mask::None),
+        (1, 320, 24, 24, None, Mask::Causal),
+        (2, 272, 30, 20, Some((2, 16)), Mask::None),
+        (1, 512, 30, 20, Some((1, 40)), Mask::None),
+    ] {
+        let channels = heads * width;
+        let mut inputs = vec![
+            random("q", &[2, tokens, channels]),
+            random("k", &[2, own, channels]),
+            random("v", &[2, own, channels]),
+        ];
+        if let Some((batch, tokens)) = reference {
+            inputs.extend([random("k2", &[batch, tokens, channels]), random("v2", &[batch, tokens, channels])]);
+        }
+        let name = format!("attention {heads}x{width} {tokens} {own} {reference:?} {mask:?}");
+        compare(&name, &inputs, |t| ops::attention(&t[0], (&t[1], &t[2]), t.get(3).zip(t.get(4)), heads, mask))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_without_the_reference_in_some_samples_equals_the_cpu() -> Result<()> {
+    for (heads, width) in [(2, 64), (3, 16), (1, 320)] {
+        let channels = heads * width;
+        let inputs = [
+            random("q", &[3, 40, channels]),
+            random("k", &[3, 40, channels]),
+            random("v", &[3, 40, channels]),
+            random("k2", &[3, 24, channels]),
+            random("v2", &[3, 24, channels]),
+        ];
+        compare(&format!("attention_where {heads}x{width}"), &inputs, |t| {
+            ops::attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[true, false, true], heads)
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! Linear layers: with their sums, their LoRA, and the gated GELU behind them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Tensor, Var};
+use lcm_lookahead::Result;
+use lcm_lookahead::autograd::gradients;
+use lcm_lookahead::nn::{Linear, LoraSet, Loras, Parameters, StackedLinear, Weights};
+use lcm_lookahead::ops::{self, Addends};
+use lcm_lookahead::random::Address;
+
+use crate::{compare, compare_large, error, gpu, random};
+
+#[test]
+fn linear_equals_the_cpu() -> Result<()> {
+    for (rows, inner, out) in
+        [(7, 12, 20), (130, 64, 96), (1, 320, 1280), (32, 272, 272), (75, 72, 168), (300, 1288, 40), (90, 640, 1000)]
+    {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[out, inner]), random("b", &[out])];
+        compare(&format!("linear {rows} {inner} {out}"), &inputs, |t| ops::linear(&t[0], &t[1], Some(&t[2])))?;
+    }
+    Ok(())
+}
+
+/// Frozen layers of one input with a trainable LoRA of a rank each, which may be 0: their outputs side by side, then the
+/// gradients of `x` and of all factors.
+fn adapted_layers(
+    (dtype, device): (DType, &Device),
+    (tokens, input): (usize, usize),
+    layers: &[(usize, usize)],
+) -> Result<Vec<Tensor>> {
+    let factors = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    // Exact in every dtype compared.
+    let exact = |t: Tensor, dtype: DType| t.to_dtype(DType::BF16)?.to_dtype(dtype)?.to_device(device);
+    let (parameters, mut weights, mut loras) = (Parameters::new(), HashMap::new(), Loras::none());
+    let trainable = Weights::trainable(&parameters, 0, factors, device);
+    for (i, (output, rank)) in layers.iter().enumerate() {
+        weights.insert(format!("{i}.weight"), exact((random("w", &[*output, input]) * 0.1)?, dtype)?);
+        if *rank > 0 {
+            for (name, shape) in [("lora_A", [*rank, input]), ("lora_B", [*output, *rank])] {
+                let value = Address::new(11, "factors").sample(i).normal(&shape[..], DType::F64, &Device::Cpu)?;
+                let variable = Var::from_tensor(&exact((value * 0.3)?, factors)?)?;
+                parameters.insert(format!("{i}.{name}.weight"), variable);
+            }
+            let set = LoraSet::load(&BTreeMap::from([(i.to_string(), vec![*output, input])]), *rank, &trainable)?;
+            loras = loras.with(&set, 0.5 + i as f64);
+        }
+    }
+    let weights = Weights::frozen("test", weights);
+    let layers = layers.iter().enumerate().map(|(i, (output, _))| Linear::load(input, *output, false, &weights.pp(i)));
+    let mut layers = layers.collect::<Result<Vec<_>>>()?;
+    let x = Var::from_tensor(&exact(random("x", &[1, tokens, input]), dtype)?)?;
+    let stacked = StackedLinear::new(&mut layers.iter_mut().collect::<Vec<_>>())?;
+    let mut value = None;
+    let store = gradients(|| {
+        let y = match &stacked {
+            Some(stacked) if layers.len() > 1 => stacked.forward(&x, &loras)?.expect("layers that go together"),
+            _ => {
+                let each = layers.iter().map(|layer| layer.forward_adapted(&x, &loras)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&each, 2)?
+            }
+        };
+        value = Some(y.detach());
+        Ok(Some((&y * exact(random("gradient of the output", y.dims()), dtype)?)?.sum_all()?))
+    })?
+    .expect("there is a loss");
+    let of = |variable: &Tensor| store.get(variable).expect("every variable has a gradient").clone();
+    let factors = parameters.all().into_iter().map(|(_, variable)| of(&variable));
+    Ok(value.into_iter().chain([of(&x)]).chain(factors).collect())
+}
+
+#[test]
+fn layers_with_a_trainable_lora_equal_the_cpu() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    type Case = ((usize, usize), &'static [(usize, usize)]);
+    let cases: [Case; 8] = [
+        ((70, 64), &[(96, 4)]),
+        ((300, 128), &[(64, 4), (64, 4), (64, 4)]),
+        ((33, 72), &[(40, 4), (8, 0), (104, 3)]),
+        ((2100, 40), &[(24, 5), (48, 5), (8, 5)]),
+        ((1, 8), &[(8, 1)]),
+        // What goes by matrix products: larger ranks together, odd widths.
+        ((50, 64), &[(32, 20)]),
+        ((50, 64), &[(32, 9), (32, 8)]),
+        ((50, 35), &[(21, 4), (10, 2)]),
+    ];
+    for (size, layers) in cases {
+        let expected = adapted_layers((DType::F64, &Device::Cpu), size, layers)?;
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
+            let found = adapted_layers((dtype, &device), size, layers)?;
+            let again = adapted_layers((dtype, &device), size, layers)?;
+            assert_eq!(found.len(), expected.len());
+            for (i, ((found, expected), again)) in found.iter().zip(&expected).zip(&again).enumerate() {
+                let error = error(found, expected);
+                println!("LoRA {size:?} {layers:?} {dtype:?} {i}: {error:.2e}");
+                assert!(error < limit, "{size:?} {layers:?} {dtype:?}, tensor {i}: error {error:.2e}");
+                assert_eq!(
+                    self::error(again, found),
+                    0.0,
+                    "{size:?} {layers:?} {dtype:?}, tensor {i} differs between runs"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn addends_equal_the_cpu() -> Result<()> {
+    for (size, input, output, kernel) in [(16, 64, 128, 3), (8, 128, 64, 3), (8, 64, 64, 1), (9, 16, 24, 3)] {
+        let weight = random("w", &[output, kernel, kernel, input]);
+        let inputs = [
+            random("x", &[3, size, size, input]),
+            weight,
+            random("b", &[output]),
+            random("v", &[3, output]),
+            random("r", &[3, size, size, output]),
+        ];
+        compare(&format!("conv2d with addends {size} {input} {output} {kernel}"), &inputs, |t| {
+            let addends = Addends { bias: Some(&t[2]), per_sample: Some(&t[3]), residual: Some(&t[4]) };
+            ops::conv2d_with(&t[0], &t[1], &addends, 1, kernel / 2)
+        })?;
+    }
+    let inputs = [
+        random("x", &[3, 40, 64]),
+        random("w", &[96, 64]),
+        random("b", &[96]),
+        random("v", &[3, 96]),
+        random("r", &[3, 40, 96]),
+    ];
+    compare("linear with addends", &inputs, |t| {
+        let addends = Addends { bias: Some(&t[2]), per_sample: Some(&t[3]), residual: Some(&t[4]) };
+        ops::linear_with(&t[0], &t[1], &addends)
+    })
+}
+
+#[test]
+fn the_gated_gelu_in_a_linear_layer_equals_the_cpu_and_itself() -> Result<()> {
+    for (rows, inner, out) in
+        [(7, 12, 5), (1, 64, 8), (130, 72, 88), (300, 640, 160), (1000, 200, 168), (257, 128, 1000)]
+    {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[2 * out, inner]), random("b", &[2 * out])];
+        let name = format!("linear_geglu {rows} {inner} {out}");
+        compare(&name, &inputs, |t| ops::linear_geglu(&t[0], &t[1], Some(&t[2])))?;
+        // Where nothing is to be differentiated, another kernel does it.
+        let Some(device) = gpu() else { return Ok(()) };
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 4e-3), (DType::F16, 1e-3)] {
+            let rounded = inputs.each_ref().map(|t| t.to_dtype(dtype).unwrap());
+            let exact = rounded.each_ref().map(|t| t.to_dtype(DType::F64).unwrap());
+            let moved = rounded.each_ref().map(|t| t.to_device(&device).unwrap());
+            for bias in [false, true] {
+                let run = |t: &[Tensor; 3]| ops::linear_geglu(&t[0], &t[1], bias.then_some(&t[2]));
+                let (found, again) = (run(&moved)?, run(&moved)?);
+                let error = error(&found, &run(&exact)?);
+                println!("{name} {dtype:?}: {error:.2e}");
+                assert!(error < limit, "{name} {dtype:?}: error {error:.2e}, limit {limit:.0e}");
+                assert_eq!(self::error(&again, &found), 0.0, "{name} {dtype:?}: differs between runs");
+            }
+        }
+    }
+    compare_large(
+        "linear_geglu 2x1024 1280 5120",
+        &[("x", &[2, 1024, 1280]), ("w", &[10240, 1280]), ("b", &[10240])],
+        |t| {
+            // Of the size that weights have: gates of hundreds would hide errors of small ones.
+            ops::linear_geglu(&t[0], &(&t[1] * 0.03)?, Some(&t[2]))
+        },
+    )
+}
