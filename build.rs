@@ -4,6 +4,7 @@
 //! kernels are built for Ampere (sm_80, and PTX that newer GPUs compile for themselves) and for Hopper (sm_90a, whose
 //! tensor-core and copy instructions exist there alone). `CUDA_HOME`, or `nvcc` on the PATH, says which toolkit.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -38,8 +39,12 @@ fn compile() -> Result<()> {
     let toolkit = std::env::var_os("CUDA_HOME").or_else(|| std::env::var_os("CUDA_PATH")).map(PathBuf::from);
     let nvcc = toolkit.as_ref().map(|root| root.join("bin/nvcc")).filter(|nvcc| nvcc.exists());
     let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
-    // Objects made with other flags lie in another folder.
-    let objects = out.join(architectures.join("-").replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
+    // Objects made with other flags, or of another clone that shares the target folder, lie in another folder.
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default();
+    let mut hasher = DefaultHasher::new();
+    root.hash(&mut hasher);
+    let flags = architectures.join("-").replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+    let objects = out.join(format!("{flags}-{:016x}", hasher.finish()));
     std::fs::create_dir_all(&objects).map_err(|e| format!("{}: {e}", objects.display()))?;
 
     let newest_header = headers.iter().map(|path| modified(path)).max().unwrap_or(SystemTime::UNIX_EPOCH);
