@@ -33,7 +33,9 @@ pub struct AlignmentConfig {
     /// Its weight. Default 1; not negative. With 0 it is computed and reported, but not trained on.
     pub weight: f64,
     /// Guidance scale of the model that teaches: `u + scale (c - u)`, where u has neither text nor picture. Default 1, no
-    /// guidance and one pass less; at least 1. An LCM-LoRA previews the guided model that it was distilled from.
+    /// guidance and one pass less; at least 1. An LCM-LoRA previews the guided model that it was distilled from; but the
+    /// model that teaches has the encoder that is being trained, whose effect guidance magnifies, so that the loss feeds
+    /// on itself: with 3 pictures became saturated (`docs/experiments.md`).
     pub guidance_scale: f64,
     /// Score distillation draws its timesteps from this one on. Default 20 (Poole et al. 2023: t from 0.02 to 0.98).
     pub sds_min_timestep: usize,
