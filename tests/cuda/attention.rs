@@ -1,13 +1,13 @@
 //! Attention over one and two sources, and to text and image tokens.
 
-use lcm_lookahead::Result;
 use lcm_lookahead::ops::{self, Mask};
+use lcm_lookahead::{Result, cuda};
 
 use crate::{compare, random};
 
 #[test]
 fn cross_attention_to_text_and_image_tokens_equals_the_cpu() -> Result<()> {
-    for (heads, width, tokens) in [(2, 64, 200), (1, 64, 1024), (2, 32, 50)] {
+    for (heads, width, tokens) in [(2, 64, 200), (1, 64, 1024), (2, 32, 50), (2, 128, 50), (3, 16, 40)] {
         let channels = heads * width;
         let inputs = [
             random("q", &[2, tokens, channels]),
@@ -50,6 +50,8 @@ fn attention_over_two_sources_equals_the_cpu() -> Result<()> {
         (2, 3, 16, 40, 40, 64, 2),
         (2, 2, 32, 70, 16, 5, 1),
         (2, 1, 80, 33, 50, 20, 2),
+        (2, 1, 128, 40, 33, 20, 1),
+        (1, 1, 256, 40, 33, 20, 1),
     ] {
         let channels = heads * width;
         let inputs = [
@@ -74,6 +76,12 @@ fn plain_and_causal_attention_equal_the_cpu() -> Result<()> {
         (2, 64, 77, 77, Mask::Causal),
         (2, 32, 32, 32, Mask::Causal),
         (1, 24, 19, 19, Mask::None),
+        (2, 128, 70, 90, Mask::None),
+        (1, 128, 33, 33, Mask::Causal),
+        (1, 96, 40, 50, Mask::None),
+        (1, 256, 20, 30, Mask::None),
+        (1, 200, 40, 40, Mask::Causal),
+        (3, 64, 500, 300, Mask::None),
     ] {
         let channels = heads * width;
         let keys = [2, own, channels];
@@ -82,6 +90,27 @@ fn plain_and_causal_attention_equal_the_cpu() -> Result<()> {
             ops::attention(&t[0], (&t[1], &t[2]), None, heads, mask)
         })?;
     }
+    Ok(())
+}
+
+#[test]
+fn attention_in_the_deterministic_mode_equals_the_cpu() -> Result<()> {
+    cuda::set_deterministic(true);
+    for (heads, width, tokens, own, reference) in
+        [(2, 64, 200, 200, None), (1, 64, 300, 77, None), (2, 64, 130, 130, Some(70)), (2, 128, 70, 70, None)]
+    {
+        let channels = heads * width;
+        let keys = [2, own, channels];
+        let mut inputs = vec![random("q", &[2, tokens, channels]), random("k", &keys), random("v", &keys)];
+        if let Some(reference) = reference {
+            let keys = [2, reference, channels];
+            inputs.extend([random("k2", &keys), random("v2", &keys)]);
+        }
+        compare(&format!("deterministic attention {heads}x{width} {tokens} {own} {reference:?}"), &inputs, |t| {
+            ops::attention(&t[0], (&t[1], &t[2]), t.get(3).zip(t.get(4)), heads, Mask::None)
+        })?;
+    }
+    cuda::set_deterministic(false);
     Ok(())
 }
 

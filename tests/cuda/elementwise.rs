@@ -8,7 +8,7 @@ use crate::{compare, random};
 
 #[test]
 fn residual_and_norm_equal_the_cpu() -> Result<()> {
-    for channels in [20, 320, 640, 768, 1280, 1664] {
+    for channels in [20, 33, 320, 640, 768, 1280, 1664] {
         let x = [3, 5, channels];
         let inputs = [random("x", &x), random("r", &x), random("w", &[channels]), random("b", &[channels])];
         compare(&format!("add_layer_norm {channels}"), &inputs, |t| {
@@ -26,6 +26,8 @@ fn normalisations_equal_the_cpu() -> Result<()> {
         (320, 32, Activation::Silu),
         (12, 3, Activation::None),
         (80, 8, Activation::Silu),
+        (15, 3, Activation::Silu),
+        (35, 5, Activation::None),
         (272, 16, Activation::Silu),
         (272, 16, Activation::None),
     ] {
@@ -35,7 +37,7 @@ fn normalisations_equal_the_cpu() -> Result<()> {
             ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)
         })?;
     }
-    for channels in [20, 64, 640, 768, 1280, 1664] {
+    for channels in [20, 33, 7, 64, 640, 768, 1280, 1664] {
         let x = (random("x", &[3, 5, channels]) - 2.0)?;
         let inputs = [x, random("w", &[channels]), random("b", &[channels])];
         compare(&format!("layer_norm {channels}"), &inputs, |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5))?;
@@ -55,13 +57,18 @@ fn pointwise_operations_equal_the_cpu() -> Result<()> {
 
 #[test]
 fn changes_of_size_equal_the_cpu() -> Result<()> {
-    compare("upsample", &[random("x", &[2, 5, 6, 24])], |t| ops::upsample_nearest_2x(&t[0]))?;
+    for channels in [24, 5, 6, 4] {
+        compare(&format!("upsample {channels}"), &[random("x", &[2, 5, 6, channels])], |t| {
+            ops::upsample_nearest_2x(&t[0])
+        })?;
+    }
     for (height, width, antialias) in [(7, 5, true), (24, 20, false), (4, 30, true)] {
         compare(&format!("resize {height}x{width} {antialias}"), &[random("x", &[2, 12, 16, 3])], |t| {
             ops::resize_bilinear(&t[0], height, width, antialias)
         })?;
     }
     let matrices = [[[0.7, -0.2, 2.0], [0.25, 0.8, -1.0]], [[1.3, 0.1, -3.0], [-0.1, 0.9, 4.0]]];
+    compare("warp 8", &[random("x", &[2, 14, 13, 8])], |t| ops::warp_affine(&t[0], &matrices, 11, 12))?;
     compare("warp", &[random("x", &[2, 14, 13, 3])], |t| ops::warp_affine(&t[0], &matrices, 11, 12))
 }
 
@@ -92,7 +99,7 @@ fn operations_of_face_networks_equal_the_cpu() -> Result<()> {
 
 #[test]
 fn sums_copies_and_casts_equal_the_cpu() -> Result<()> {
-    for shape in [vec![2, 5, 8], vec![3, 7, 5], vec![2, 3, 4, 24]] {
+    for shape in [vec![2, 5, 8], vec![3, 7, 5], vec![2, 3, 4, 24], vec![2, 3, 6], vec![1, 9, 4]] {
         let channels = shape[shape.len() - 1];
         let (a, b) = (random("a", &shape), random("b", &shape));
         let name = |what: &str| format!("{what} {shape:?}");
@@ -100,7 +107,7 @@ fn sums_copies_and_casts_equal_the_cpu() -> Result<()> {
         compare(&name("add"), &[a.clone(), b.clone()], |t| ops::add(&t[0], &t[1]))?;
         compare(&name("scale"), std::slice::from_ref(&a), |t| ops::scale(&t[0], 1.7))?;
         compare(&name("cast"), std::slice::from_ref(&a), |t| {
-            let to = if t[0].dtype() == DType::BF16 { DType::F32 } else { t[0].dtype() };
+            let to = if matches!(t[0].dtype(), DType::BF16 | DType::F16) { DType::F32 } else { t[0].dtype() };
             ops::cast(&ops::scale(&ops::cast(&t[0], to)?, 0.3)?, t[0].dtype())
         })?;
         let vectors = random("v", &[shape[0], channels]);

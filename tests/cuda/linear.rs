@@ -128,6 +128,31 @@ fn addends_equal_the_cpu() -> Result<()> {
         random("v", &[3, 96]),
         random("r", &[3, 40, 96]),
     ];
+    // Where nothing is to be differentiated the product itself adds the residual.
+    if let Some(device) = gpu() {
+        for (rows, inner, out) in [(40, 64, 96), (257, 72, 168), (130, 640, 1000), (1, 16, 8)] {
+            let all = [
+                random("x", &[2, rows, inner]),
+                random("w", &[out, inner]),
+                random("b", &[out]),
+                random("r", &[2, rows, out]),
+            ];
+            for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
+                let rounded = all.each_ref().map(|t| t.to_dtype(dtype).unwrap());
+                let exact = rounded.each_ref().map(|t| t.to_dtype(DType::F64).unwrap());
+                let moved = rounded.each_ref().map(|t| t.to_device(&device).unwrap());
+                for bias in [false, true] {
+                    let run = |t: &[Tensor; 4]| {
+                        let addends = Addends { bias: bias.then_some(&t[2]), per_sample: None, residual: Some(&t[3]) };
+                        ops::linear_with(&t[0], &t[1], &addends)
+                    };
+                    let error = error(&run(&moved)?, &run(&exact)?);
+                    println!("linear with a residual {rows} {inner} {out} {bias} {dtype:?}: {error:.2e}");
+                    assert!(error < limit, "linear with a residual {rows} {inner} {out} {bias} {dtype:?}: {error:.2e}");
+                }
+            }
+        }
+    }
     compare("linear with addends", &inputs, |t| {
         let addends = Addends { bias: Some(&t[2]), per_sample: Some(&t[3]), residual: Some(&t[4]) };
         ops::linear_with(&t[0], &t[1], &addends)
