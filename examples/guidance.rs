@@ -119,13 +119,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         (given, _) => given.to_vec(),
     };
 
-    let text_to_image = TextToImage {
-        unet: base.unet.clone(),
-        text_encoder: base.text_encoder.clone(),
-        decoder: base.decoder.clone(),
-        schedule: base.schedule.clone(),
-        factor: base.encoder.factor(),
-    };
+    let text_to_image = TextToImage::new(&base);
     let options = TextToImageOptions {
         steps: arguments.steps,
         sampler: SamplerKind::Ddim,

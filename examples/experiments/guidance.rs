@@ -72,13 +72,7 @@ fn measure(setting: &Setting, unit: Unit, guided: Option<(Loss, bool)>) -> anyho
             Loss::Identity => Box::new(base.identity_loss()),
         }
     });
-    let text_to_image = TextToImage {
-        unet: base.unet.clone(),
-        text_encoder: base.text_encoder.clone(),
-        decoder: base.decoder.clone(),
-        schedule: base.schedule.clone(),
-        factor: base.encoder.factor(),
-    };
+    let text_to_image = TextToImage::new(base);
     let options = TextToImageOptions {
         steps: STEPS,
         sampler: SamplerKind::Ddim,

@@ -140,13 +140,7 @@ mod tests {
     impl Setting {
         fn new(batch: usize) -> Result<Self> {
             let base = mini::tiny_base(1, DType::F64, &Device::Cpu)?;
-            let text_to_image = TextToImage {
-                unet: base.unet.clone(),
-                text_encoder: base.text_encoder.clone(),
-                decoder: base.decoder.clone(),
-                schedule: base.schedule.clone(),
-                factor: base.encoder.factor(),
-            };
+            let text_to_image = TextToImage::new(&base);
             let draw = |purpose, shape| Address::new(3, purpose).normal_batch(batch, shape, DType::F64, &Device::Cpu);
             Ok(Setting {
                 target: (draw("target", (3, 32, 32))? * 0.3)?,

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use super::guidance::plain;
 use super::{GuidedPictures, LatentGuidance, Through};
 use crate::autograd::with_large_stack;
+use crate::lookahead::Base;
 use crate::models::roles::{LatentDecoder, TextEncoder};
 use crate::models::unet::{Conditioning, FreeU, Pass, UNet};
 use crate::nn::Loras;
@@ -59,6 +60,17 @@ pub struct TextToImage {
 }
 
 impl TextToImage {
+    /// Text to pictures with the frozen networks of a base, which are shared, not copied.
+    pub fn new(base: &Base) -> Self {
+        TextToImage {
+            unet: base.unet.clone(),
+            text_encoder: base.text_encoder.clone(),
+            decoder: base.decoder.clone(),
+            schedule: base.schedule.clone(),
+            factor: base.encoder.factor(),
+        }
+    }
+
     /// One picture a prompt, from standard normal `noise` `(prompts, channels, height, width)`:
     /// `(prompts, 3, height * factor, width * factor)`, nominally in [-1, 1].
     ///
