@@ -1,7 +1,5 @@
 //! Times on the GPU, their relation to the ceiling, and memory.
 
-use std::time::Instant;
-
 use candle_core::{DType, Device, Tensor};
 use lcm_lookahead::{Result, cuda, ops};
 
@@ -61,10 +59,7 @@ pub fn median(device: &Device, repeats: usize, mut run: impl FnMut() -> Result<(
     let mut times = Vec::with_capacity(repeats);
     for _ in 0..repeats {
         cuda::synchronize(device)?;
-        let start = Instant::now();
-        run()?;
-        cuda::synchronize(device)?;
-        times.push(start.elapsed().as_secs_f64());
+        times.push(cuda::timed(device, &mut run)?.1.as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
     Ok(times[repeats / 2])

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::{CudaDevice, Device};
@@ -135,6 +136,23 @@ pub(crate) fn avoids(family: &str) -> bool {
 /// [`Error::Candle`] where a kernel failed.
 pub fn synchronize(device: &Device) -> Result<()> {
     Ok(device.synchronize()?)
+}
+
+/// Runs a function and says how long the GPU took for what it launched, by events on the device's stream: what the
+/// stream waited for the host in between is part of it, waiting for the end is not.
+///
+/// # Errors
+/// That of the function; [`Error::Device`] for a device that is not a GPU, or where the driver refuses.
+pub fn timed<T>(device: &Device, run: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+    let wrong = |reason: String| Error::device("timing", reason);
+    let failed = |error: result::DriverError| wrong(error.to_string());
+    let Device::Cuda(cuda) = device else { return Err(wrong("the device is not a GPU".into())) };
+    let stream = cuda.cuda_stream();
+    let event = || stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed);
+    let start = event()?;
+    let result = run()?;
+    let milliseconds = start.elapsed_ms(&event()?).map_err(failed)?;
+    Ok((result, Duration::from_secs_f64(f64::from(milliseconds) / 1e3)))
 }
 
 /// Runs a function between `cudaProfilerStart` and `cudaProfilerStop`, for profilers that are told to wait for them.

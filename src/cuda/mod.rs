@@ -17,7 +17,7 @@ mod upload;
 
 pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm, stack_low_rank};
 pub(crate) use device::avoids;
-pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize};
+pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize, timed};
 pub use graph::Graph;
 pub(crate) use hopper_linear::HopperLinear;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
