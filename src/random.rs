@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
+use rayon::prelude::*;
 
 use crate::Result;
 
@@ -102,9 +103,19 @@ impl Address {
     /// Where the device cannot hold the tensor.
     pub fn normal_batch(self, batch: usize, shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = shape.into();
-        let samples =
-            (0..batch).map(|i| self.sample(i).normal(shape.clone(), dtype, device)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&samples, 0)?)
+        let size = shape.elem_count();
+        let mut values = vec![0f32; batch * size];
+        // Each sample by a thread, all in one copy: this stands between two networks on a GPU.
+        values.par_chunks_mut(size.max(1)).enumerate().for_each(|(i, values)| {
+            values.iter_mut().zip(self.sample(i).rng().sample_iter(StandardNormal)).for_each(|(to, value)| *to = value);
+        });
+        let shape = [&[batch], shape.dims()].concat();
+        let noise = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            return crate::cuda::upload_tensor(device, &noise);
+        }
+        Ok(noise.to_device(device)?)
     }
 }
 

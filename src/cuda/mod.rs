@@ -22,7 +22,7 @@ pub use graph::Graph;
 pub(crate) use hopper_linear::HopperLinear;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
-pub(crate) use upload::{Bytes, Upload, upload_all};
+pub(crate) use upload::{Bytes, Upload, upload_all, upload_tensor};
 
 use crate::{Error, Result};
 

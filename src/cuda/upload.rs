@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::result::{self, DriverError};
 use candle_core::cuda_backend::cudarc::driver::sys;
-use candle_core::{CudaDevice, DType, Tensor};
+use candle_core::{CpuStorage, CudaDevice, DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::Buffer;
@@ -30,17 +30,19 @@ pub(crate) struct Upload<'a> {
 /// Where bytes come from.
 #[derive(Clone, Copy)]
 pub(crate) enum Bytes<'a> {
-    #[cfg(not(unix))]
     Memory(&'a [u8]),
     /// So many bytes of a file from a place on.
     #[cfg(unix)]
-    File { file: &'a std::fs::File, start: usize, length: usize },
+    File {
+        file: &'a std::fs::File,
+        start: usize,
+        length: usize,
+    },
 }
 
 impl Bytes<'_> {
     pub fn len(&self) -> usize {
         match self {
-            #[cfg(not(unix))]
             Bytes::Memory(bytes) => bytes.len(),
             #[cfg(unix)]
             Bytes::File { length, .. } => *length,
@@ -50,7 +52,6 @@ impl Bytes<'_> {
     /// Copies some of them, which exist, to memory.
     fn copy(&self, from: usize, to: &mut [u8]) -> Result<()> {
         match self {
-            #[cfg(not(unix))]
             Bytes::Memory(bytes) => to.copy_from_slice(&bytes[from..from + to.len()]),
             #[cfg(unix)]
             Bytes::File { file, start, .. } => {
@@ -150,4 +151,28 @@ pub(crate) fn upload_all(device: &CudaDevice, uploads: &[Upload<'_>]) -> Result<
         pieces => pieces.par_iter().with_max_len(1).try_for_each(send)?,
     }
     Ok(buffers.into_iter().map(Buffer::into_tensor).collect())
+}
+
+/// Copies a tensor from the CPU, without waiting for what the GPU has still to do: a plain copy of more than a few
+/// kilobytes does.
+pub(crate) fn upload_tensor(device: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
+    /// The memory of numbers.
+    fn bytes<T: Copy>(numbers: &[T]) -> &[u8] {
+        // SAFETY: numbers are so many bytes, each of which has a value.
+        unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+    }
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let numbers = match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => bytes(&numbers[start..end]),
+        (Storage::Cpu(CpuStorage::BF16(numbers)), Some((start, end))) => bytes(&numbers[start..end]),
+        (Storage::Cpu(CpuStorage::F16(numbers)), Some((start, end))) => bytes(&numbers[start..end]),
+        _ => {
+            drop(storage);
+            return Ok(tensor.to_device(&Device::Cuda(device.clone()))?);
+        }
+    };
+    let upload = Upload { dtype: tensor.dtype(), shape: tensor.dims(), bytes: Bytes::Memory(numbers) };
+    let mut tensors = upload_all(device, &[upload])?;
+    tensors.pop().ok_or_else(|| Error::device("copying to the GPU", "nothing was copied"))
 }

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use crate::nn::{LayerNorm, Linear, Weights};
+use crate::nn::{LayerNorm, Linear, Loras, StackedLinear, Weights};
 use crate::ops::{self, Activation, Mask};
 use crate::{Error, Result};
 
@@ -45,6 +45,8 @@ struct Layer {
     q_proj: Linear,
     k_proj: Linear,
     v_proj: Linear,
+    /// The three of them, where they are frozen and on a GPU.
+    projections: Option<StackedLinear>,
     out_proj: Linear,
     layer_norm2: LayerNorm,
     fc1: Linear,
@@ -57,11 +59,14 @@ impl Layer {
     fn load(shape: &Shape, weights: &Weights) -> Result<Self> {
         let width = shape.width;
         let attention = |name: &str| Linear::load(width, width, true, &weights.pp("self_attn").pp(name));
+        let [mut q_proj, mut k_proj, mut v_proj] = [attention("q_proj")?, attention("k_proj")?, attention("v_proj")?];
+        let projections = StackedLinear::new(&mut [&mut q_proj, &mut k_proj, &mut v_proj])?;
         Ok(Layer {
             layer_norm1: layer_norm(width, &weights.pp("layer_norm1"))?,
-            q_proj: attention("q_proj")?,
-            k_proj: attention("k_proj")?,
-            v_proj: attention("v_proj")?,
+            q_proj,
+            k_proj,
+            v_proj,
+            projections,
             out_proj: attention("out_proj")?,
             layer_norm2: layer_norm(width, &weights.pp("layer_norm2"))?,
             fc1: Linear::load(width, shape.mlp_width, true, &weights.pp("mlp").pp("fc1"))?,
@@ -72,11 +77,21 @@ impl Layer {
     }
 
     fn forward(&self, x: &Tensor, mask: Mask) -> Result<Tensor> {
-        let y = self.layer_norm1.forward(x)?;
-        let (q, k, v) = (self.q_proj.forward(&y)?, self.k_proj.forward(&y)?, self.v_proj.forward(&y)?);
-        let x = ops::add(x, &self.out_proj.forward(&ops::attention(&q, (&k, &v), None, self.heads, mask)?)?)?;
+        let loras = Loras::none();
+        let y = self.attend(&self.layer_norm1.forward(x)?, mask)?;
+        let x = self.out_proj.forward_adding(&y, &loras, Some(x))?;
         let y = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        ops::add(&x, &self.fc2.forward(&ops::activation(&y, self.activation)?)?)
+        self.fc2.forward_adding(&ops::activation(&y, self.activation)?, &loras, Some(&x))
+    }
+
+    /// Attention among the tokens, before `out_proj`.
+    fn attend(&self, x: &Tensor, mask: Mask) -> Result<Tensor> {
+        let packed = self.projections.as_ref().map(|stack| stack.forward(x, &Loras::none())).transpose()?;
+        if let Some(packed) = packed.flatten() {
+            return ops::attention_packed_masked(&packed, self.heads, mask);
+        }
+        let (q, k, v) = (self.q_proj.forward(x)?, self.k_proj.forward(x)?, self.v_proj.forward(x)?);
+        ops::attention(&q, (&k, &v), None, self.heads, mask)
     }
 }
 

@@ -100,6 +100,20 @@ pub struct TextEmbeddings {
     pub pooled: Tensor,
 }
 
+impl TextEmbeddings {
+    /// The embeddings of prompts that were joined, taken apart again.
+    pub(super) fn split(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+        let mut start = 0;
+        let part = |prompts: &&[String]| {
+            let part = |tensor: &Tensor| tensor.narrow(0, start, prompts.len());
+            let text = TextEmbeddings { hidden_states: part(&self.hidden_states)?, pooled: part(&self.pooled)? };
+            start += prompts.len();
+            Ok(text)
+        };
+        batches.iter().map(part).collect()
+    }
+}
+
 /// The text encoder.
 #[derive(Clone, Debug)]
 pub struct ClipText {
@@ -156,17 +170,19 @@ impl ClipText {
         &self.config
     }
 
-    /// Where the weights lie, and so where token ids belong.
+    /// Where the weights lie.
     pub fn device(&self) -> &Device {
         self.token_embedding.table().device()
     }
 
-    /// Embeds prompts given as token ids, u32 `(batch, tokens)`, each with at least one end-of-text token.
+    /// Embeds prompts given as token ids, u32 `(batch, tokens)`, each with at least one end-of-text token. They are
+    /// looked at on the CPU: from there they go to the weights without waiting for work that a GPU has still to do.
     ///
     /// # Errors
     /// [`Error::Argument`] where the shape or an id does not fit, or a row has no end-of-text token.
     pub fn forward(&self, ids: &Tensor) -> Result<TextEmbeddings> {
         let ends = self.check(ids)?;
+        let ids = &ids.to_device(self.device())?;
         let (batch, length) = ids.dims2()?;
         let positions = self.position_embedding.table().narrow(0, 0, length)?;
         let x = self.token_embedding.forward(ids)?.broadcast_add(&positions)?;

@@ -1,7 +1,7 @@
 //! What the method asks of the networks around the U-Net. Anything that fills a role can take part: the published
 //! networks, the miniature's, or a user's own.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::clip_text::{ClipText, TextEmbeddings};
 use super::clip_vision::ClipVision;
@@ -41,7 +41,8 @@ pub trait TextEncoder: Send + Sync {
     /// Where a prompt cannot be tokenised.
     fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings>;
 
-    /// Embeds the prompts of several batches, each by itself. For encoders that have to be made ready first.
+    /// Embeds the prompts of several batches. For encoders that have to be made ready first, or to which one large
+    /// batch is less work than several small ones.
     ///
     /// # Errors
     /// Those of [`TextEncoder::encode`].
@@ -93,8 +94,11 @@ pub struct TokenizedClipText {
 
 impl TextEncoder for TokenizedClipText {
     fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings> {
-        let ids = self.tokenizer.encode(prompts, self.network.device())?;
-        self.network.forward(&ids)
+        self.network.forward(&self.tokenizer.encode(prompts, &Device::Cpu)?)
+    }
+
+    fn encode_batches(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+        self.encode(&batches.concat())?.split(batches)
     }
 }
 
@@ -109,8 +113,6 @@ impl ImageEncoder for ClipVision {
     }
 
     fn null_features(&self) -> Result<Tensor> {
-        let size = self.config().image_size;
-        let (dtype, device) = self.kind();
-        self.penultimate_hidden_states(&Tensor::zeros((1, 3, size, size), dtype, &device)?)
+        ClipVision::null_features(self)
     }
 }

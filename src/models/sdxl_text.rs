@@ -43,4 +43,8 @@ impl TextEncoder for SdxlText {
             pooled: second.pooled,
         })
     }
+
+    fn encode_batches(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+        self.encode(&batches.concat())?.split(batches)
+    }
 }

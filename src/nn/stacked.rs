@@ -9,28 +9,36 @@ use crate::ops;
 #[cfg(feature = "cuda")]
 use crate::ops::low_rank::{Factors, linear_low_rank};
 
-/// Frozen linear layers without bias whose weights lie one after the other in memory, so that one product makes all
-/// their outputs, side by side. The layers themselves stay usable: their weights are parts of the stack.
+/// Frozen linear layers whose weights, and biases where they have them, lie one after the other in memory, so that one
+/// product makes all their outputs, side by side. The layers themselves stay usable: their weights are parts of the
+/// stack.
 ///
 /// Made on a GPU only, where one large product is faster than several small ones.
 #[derive(Clone, Debug)]
 pub struct StackedLinear {
     /// `(sum of the outputs, input)`.
     weight: Tensor,
+    /// `(sum of the outputs,)`.
+    bias: Option<Tensor>,
     layers: Vec<(String, Tensor)>,
 }
 
 impl StackedLinear {
-    /// Stacks layers of one input width; `None` where they are no frozen layers without bias on a GPU.
+    /// Stacks layers of one input width; `None` where they are no frozen layers on a GPU, all with a bias or all without.
     ///
     /// # Errors
     /// [`crate::Error::Candle`] where the input widths differ or memory is out.
     pub fn new(layers: &mut [&mut Linear]) -> Result<Option<Self>> {
-        let fits =
-            |layer: &&mut Linear| layer.weight.device().is_cuda() && !layer.weight.track_op() && layer.bias.is_none();
-        if layers.is_empty() || !layers.iter().all(fits) {
+        let biases: Vec<&Tensor> = layers.iter().filter_map(|layer| layer.bias.as_ref()).collect();
+        let frozen = |layer: &&mut Linear| layer.weight.device().is_cuda() && !layer.weight.track_op();
+        if layers.is_empty()
+            || !layers.iter().all(frozen)
+            || biases.iter().any(|bias| bias.track_op())
+            || ![0, layers.len()].contains(&biases.len())
+        {
             return Ok(None);
         }
+        let bias = if biases.is_empty() { None } else { Some(Tensor::cat(&biases, 0)?) };
         let weights: Vec<&Tensor> = layers.iter().map(|layer| &layer.weight).collect();
         let weight = Tensor::cat(&weights, 0)?;
         let mut start = 0;
@@ -41,7 +49,7 @@ impl StackedLinear {
             stacked.push((layer.path.clone(), layer.weight.clone()));
             start += rows;
         }
-        Ok(Some(StackedLinear { weight, layers: stacked }))
+        Ok(Some(StackedLinear { weight, bias, layers: stacked }))
     }
 
     /// The stack of `count` of the layers, from `start` on, in the same memory.
@@ -52,16 +60,19 @@ impl StackedLinear {
         let rows = |layers: &[(String, Tensor)]| layers.iter().map(|(_, weight)| weight.dims()[0]).sum::<usize>();
         let end = (start + count).min(self.layers.len());
         let (before, layers) = (&self.layers[..start.min(end)], &self.layers[start.min(end)..end]);
-        Ok(StackedLinear { weight: self.weight.narrow(0, rows(before), rows(layers))?, layers: layers.to_vec() })
+        let (first, count) = (rows(before), rows(layers));
+        let part = |tensor: &Tensor| tensor.narrow(0, first, count);
+        let bias = self.bias.as_ref().map(part).transpose()?;
+        Ok(StackedLinear { weight: part(&self.weight)?, bias, layers: layers.to_vec() })
     }
 
     /// `x`: `(..., input)` to one output for each of `parts` equal parts of the stack, each `(..., its outputs)` and
-    /// contiguous. `None` where a layer has a LoRA, or a gradient has to come back to `x`.
+    /// contiguous. `None` where a layer has a bias or a LoRA, or a gradient has to come back to `x`.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the product fails.
     pub fn forward_parts(&self, x: &Tensor, parts: usize, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
-        let plain = self.layers.iter().all(|(path, _)| loras.at(path).next().is_none());
+        let plain = self.bias.is_none() && self.layers.iter().all(|(path, _)| loras.at(path).next().is_none());
         #[cfg(feature = "cuda")]
         if plain && !x.track_op() && x.dtype() == self.weight.dtype() && x.dims().last() == self.weight.dims().last() {
             let outputs = crate::ops::linear_products(x, &self.weight, parts)?;
@@ -79,15 +90,15 @@ impl StackedLinear {
     /// Those of [`ops::linear`].
     pub fn forward(&self, x: &Tensor, loras: &Loras) -> Result<Option<Tensor>> {
         if self.layers.iter().all(|(path, _)| loras.at(path).next().is_none()) {
-            return Ok(Some(ops::linear(x, &self.weight, None)?));
+            return Ok(Some(ops::linear(x, &self.weight, self.bias.as_ref())?));
         }
         #[cfg(feature = "cuda")]
         if let Some(weight) = self.merged(loras)? {
-            return Ok(Some(ops::linear(x, &weight, None)?));
+            return Ok(Some(ops::linear(x, &weight, self.bias.as_ref())?));
         }
         #[cfg(feature = "cuda")]
         if let Some(factors) = self.factors(loras) {
-            return linear_low_rank(x, &self.weight, (None, None), &factors).map(Some);
+            return linear_low_rank(x, &self.weight, (self.bias.as_ref(), None), &factors).map(Some);
         }
         Ok(None)
     }

@@ -36,6 +36,7 @@ mod warp_affine;
 pub use activation::{Activation, activation};
 pub(crate) use add_low_rank::add_low_rank;
 pub use addends::Addends;
+pub(crate) use attention::attention_packed_masked;
 pub use attention::{Mask, attention, attention_packed, attention_where, cross_attention, cross_attention_packed};
 pub use channel_affine::channel_affine;
 pub use conv2d::{conv2d, conv2d_padded, conv2d_with};

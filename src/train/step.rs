@@ -56,9 +56,11 @@ impl StepLosses<'_> {
     /// Those of the networks.
     pub fn prepare(&self, batch: &Batch, draw: u64) -> Result<Prepared> {
         let base = self.base;
-        let target_latents = base.latents(&batch.pixel_values, self.address("target posterior", draw))?;
-        let conditioning_latents =
-            base.latents(&batch.encoder_pixel_values, self.address("conditioning posterior", draw))?;
+        let on_device = |pictures: &Tensor| pictures.to_dtype(base.dtype)?.to_device(&base.device);
+        let targets = on_device(&batch.pixel_values)?;
+        let conditioning_images = on_device(&batch.encoder_pixel_values)?;
+        let target_latents = base.latents(&targets, self.address("target posterior", draw))?;
+        let conditioning_latents = base.latents(&conditioning_images, self.address("conditioning posterior", draw))?;
         let (size, channels, height, width) = target_latents.dims4()?;
         let (shape, dtype) = ((channels, height, width), ops::wide_dtype(base.dtype));
         let noise = self.address("noise", draw).normal_batch(size, shape, dtype, &base.device)?;
@@ -69,16 +71,16 @@ impl StepLosses<'_> {
             }
             conditioning
         };
-        let text = place(base.conditioning(&batch.prompts)?);
+        let [text, encoder_text] = base.conditionings([&batch.prompts, &batch.encoder_prompts])?.map(place);
         Ok(Prepared {
             target_latents,
             conditioning_latents,
-            conditioning_images: batch.encoder_pixel_values.to_dtype(base.dtype)?.to_device(&base.device)?,
             noise,
-            features: base.image_features(&batch.encoder_pixel_values)?,
+            features: base.image_features(&conditioning_images)?,
             null_features: base.image_encoder.null_features()?.detach(),
             text: drop_text(&text, self.config.dropout.text_drop_chance, self.address("text drop", draw))?,
-            encoder_text: place(base.conditioning(&batch.encoder_prompts)?),
+            encoder_text,
+            conditioning_images,
         })
     }
 

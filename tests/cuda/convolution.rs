@@ -41,6 +41,7 @@ fn convolution_equals_the_cpu() -> Result<()> {
 fn convolution_between_a_few_channels_and_many_equals_the_cpu() -> Result<()> {
     for (height, width, input, output, padding) in [
         (33, 20, 3, 128, 1),
+        (130, 150, 3, 72, 1), // more tiles than blocks
         (16, 16, 128, 3, 1),
         (20, 35, 320, 4, 1),
         (9, 40, 4, 72, 0),
@@ -116,6 +117,20 @@ fn convolution_of_64_and_128_channels_equals_the_cpu() -> Result<()> {
         let inputs =
             [random("x", &[3, size, size, input]), random("w", &[output, 3, 3, input]), random("b", &[output])];
         compare(&format!("conv2d {size} {input} {output}"), &inputs, |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn convolution_with_a_residual_equals_the_cpu() -> Result<()> {
+    for (size, input, output) in [(40, 64, 128), (37, 64, 120), (17, 64, 256), (33, 72, 56), (9, 64, 64)] {
+        let residual = random("residual", &[3, size, size + 5, output]);
+        let weight = random("w", &[output, 3, 3, input]);
+        let inputs = [random("x", &[3, size, size + 5, input]), weight, random("b", &[output]), residual];
+        compare(&format!("conv2d with a residual {size} {input} {output}"), &inputs, |t| {
+            let addends = Addends { bias: Some(&t[2]), residual: Some(&t[3]), ..Addends::default() };
+            ops::conv2d_with(&t[0], &t[1], &addends, 1, 1)
+        })?;
     }
     Ok(())
 }

@@ -14,7 +14,6 @@ use super::workers::Workers;
 use crate::data::save_png;
 use crate::lookahead::{AdapterTokens, FaceEncoder, FaceEncoderConfig};
 use crate::mini::MiniConfig;
-use crate::models::roles::ImageEncoder;
 use crate::models::unet::{Pass, UNet};
 use crate::nn::{Parameters, Weights};
 use crate::random::Address;

@@ -97,11 +97,8 @@ pub fn attention_packed(
     sees_reference: Option<&[bool]>,
     heads: usize,
 ) -> Result<Tensor> {
-    let (batch, _, width) = packed.dims3()?;
-    if heads == 0 || width == 0 || width % (3 * heads) != 0 {
-        let expected = format!("(batch, tokens, 3 * {heads} * d)");
-        return Err(Error::argument("attention", "packed", expected, format!("{:?}", packed.dims())));
-    }
+    let width = packed_width(packed, heads)?;
+    let batch = packed.dims()[0];
     #[cfg(feature = "cuda")]
     if packed.device().is_cuda()
         && reference.is_none_or(|reference| suits(packed, width / 3, reference, sees_reference))
@@ -119,6 +116,29 @@ pub fn attention_packed(
     match (reference, sees_reference) {
         (Some(reference), Some(sees)) => attention_where(q, own, reference, sees, heads),
         (reference, _) => attention(q, own, reference, heads, Mask::None),
+    }
+}
+
+/// [`attention`] without a reference, on queries, keys and values packed as for [`attention_packed`].
+pub(crate) fn attention_packed_masked(packed: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
+    let width = packed_width(packed, heads)?;
+    #[cfg(feature = "cuda")]
+    if packed.device().is_cuda() && width / (3 * heads) <= wide::FUSED_WIDTH {
+        let packing = Packing::QueryKeyValue;
+        return apply(Attention { heads, mask, packing, sees_reference: None }, &[packed]);
+    }
+    let parts = split(packed, &[width / 3; 3])?;
+    attention(&parts[0], (&parts[1], &parts[2]), None, heads, mask)
+}
+
+/// The width of packed queries, keys and values of so many heads.
+fn packed_width(packed: &Tensor, heads: usize) -> Result<usize> {
+    match packed.dims() {
+        &[_, _, width] if heads > 0 && width > 0 && width % (3 * heads) == 0 => Ok(width),
+        dims => {
+            let expected = format!("(batch, tokens, 3 * {heads} * d)");
+            Err(Error::argument("attention", "packed", expected, format!("{dims:?}")))
+        }
     }
 }
 

@@ -42,7 +42,7 @@ unsafe extern "C" {
 
 const NAME: &str = "attention";
 /// The widest head that the fused kernels take.
-const FUSED_WIDTH: usize = 256;
+pub(super) const FUSED_WIDTH: usize = 256;
 /// Scores of one block of queries: 128 MB in f32.
 const SCORES: usize = 1 << 25;
 

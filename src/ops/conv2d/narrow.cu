@@ -110,50 +110,53 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) to_few(const T
 
 // ---- few channels to many ----
 
-constexpr int kColumns = 64; // output channels at a time, so that their weights stay in registers
+constexpr int kColumns = 64; // output channels of a block, so that their weights stay in registers
 
 // x: (batch, height, width, few), y: (batch, out_height, out_width, many). The sum runs over 9 taps of 4 channels, padded to 48.
-template <class T> __global__ void __launch_bounds__(kThreads, 1) from_few(const T *x, Weights weights, const T *bias, T *y, Shape s) {
+// A block makes 64 channels (blockIdx.y) of many tiles, so that their weights are read once.
+template <class T> __global__ void __launch_bounds__(kThreads, 1) from_few(const T *x, Weights weights, const T *bias, T *y, Shape s, int tiles_x, int tiles_y, int tiles) {
   __shared__ uint2 pixels[kHalo * kHalo];
-  const Place place;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  lcm::wait_for_previous();
-  const T *sample = x + place.sample * s.height * s.width * s.few;
-  for (int pixel = threadIdx.x; pixel < kHalo * kHalo; pixel += kThreads) {
-    const int py = place.y + pixel / kHalo - s.padding, px = place.x + pixel % kHalo - s.padding;
-    const bool inside = py >= 0 && py < s.height && px >= 0 && px < s.width;
-    T values[kFew];
-#pragma unroll
-    for (int c = 0; c < kFew; ++c)
-      values[c] = inside && c < s.few ? sample[(static_cast<int64_t>(py) * s.width + px) * s.few + c] : T(0.0f);
-    pixels[pixel] = make_uint2(pair(values[0], values[1]), pair(values[2], values[3]));
-  }
-  __syncthreads();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = blockIdx.y * kColumns;
   const uint32_t *halves = reinterpret_cast<const uint32_t *>(pixels);
-  for (int first = 0; first < s.many; first += kColumns) {
-    // Column n of product j is channel 32 (j / 4) + 8 (n / 2) + 2 (j % 4) + n % 2: of four products a thread then holds 8
-    // channels side by side.
-    uint32_t b[3][8][2];
-    float offsets[2][8];
+  // Column n of product j is channel 32 (j / 4) + 8 (n / 2) + 2 (j % 4) + n % 2: of four products a thread then holds 8
+  // channels side by side.
+  uint32_t b[3][8][2];
+  float offsets[2][8];
+  lcm::wait_for_previous();
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int channel = first + j / 4 * 32 + g / 2 * 8 + j % 4 * 2 + g % 2;
+  for (int j = 0; j < 8; ++j) {
+    const int channel = first + j / 4 * 32 + g / 2 * 8 + j % 4 * 2 + g % 2;
 #pragma unroll
-      for (int step = 0; step < 3; ++step)
+    for (int step = 0; step < 3; ++step)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int tap = step * 4 + half * 2 + t / 2, few = t % 2 * 2;
-          auto weight = [&](int c) { return tap < kTaps && c < s.few && channel < s.many ? weights.at<T>(channel, c, tap) : T(0.0f); };
-          b[step][j][half] = pair(weight(few), weight(few + 1));
-        }
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int channel = first + part * 32 + t * 8 + i;
-        offsets[part][i] = bias && channel < s.many ? static_cast<float>(bias[channel]) : 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        const int tap = step * 4 + half * 2 + t / 2, few = t % 2 * 2;
+        auto weight = [&](int c) { return tap < kTaps && c < s.few && channel < s.many ? weights.at<T>(channel, c, tap) : T(0.0f); };
+        b[step][j][half] = pair(weight(few), weight(few + 1));
       }
+  }
+#pragma unroll
+  for (int part = 0; part < 2; ++part)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int channel = first + part * 32 + t * 8 + i;
+      offsets[part][i] = bias && channel < s.many ? static_cast<float>(bias[channel]) : 0.0f;
+    }
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int tile_x = tile % tiles_x * kTile, tile_y = tile / tiles_x % tiles_y * kTile;
+    const int64_t index = tile / tiles_x / tiles_y;
+    const T *sample = x + index * s.height * s.width * s.few;
+    __syncthreads(); // the tile before has been read
+    for (int pixel = threadIdx.x; pixel < kHalo * kHalo; pixel += kThreads) {
+      const int py = tile_y + pixel / kHalo - s.padding, px = tile_x + pixel % kHalo - s.padding;
+      const bool inside = py >= 0 && py < s.height && px >= 0 && px < s.width;
+      T values[kFew];
+#pragma unroll
+      for (int c = 0; c < kFew; ++c)
+        values[c] = inside && c < s.few ? sample[(static_cast<int64_t>(py) * s.width + px) * s.few + c] : T(0.0f);
+      pixels[pixel] = make_uint2(pair(values[0], values[1]), pair(values[2], values[3]));
+    }
+    __syncthreads();
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int line = warp * 2 + row;
@@ -173,9 +176,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) from_few(const
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int py = place.y + line, px = place.x + g + half * 8;
+        const int py = tile_y + line, px = tile_x + g + half * 8;
         if (py >= s.out_height || px >= s.out_width) continue;
-        T *to = y + ((place.sample * s.out_height + py) * s.out_width + px) * s.many + first + t * 8;
+        T *to = y + ((index * s.out_height + py) * s.out_width + px) * s.many + first + t * 8;
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           if (first + part * 32 + t * 8 >= s.many) continue;
@@ -202,7 +205,12 @@ template <class T> int launch_to_few(dim3 grid, const void *x, Weights weights, 
 }
 
 template <class T> int launch_from_few(dim3 grid, const void *x, Weights weights, const void *bias, void *y, const Shape &s, cudaStream_t stream) {
-  return lcm::launch_dependent(from_few<T>, grid, dim3(kThreads), 0, stream, (const T *)x, weights, (const T *)bias, (T *)y, s);
+  const int64_t tiles = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+  if (tiles > INT32_MAX) return -1;
+  // A tile is little work beside reading the weights, so no more blocks than run at a time (two a multiprocessor).
+  const int slabs = lcm::divide_up(s.many, kColumns), side = lcm::divide_up(2 * lcm::multiprocessors(), slabs);
+  const dim3 blocks(static_cast<unsigned>(tiles < side ? tiles : side), slabs);
+  return lcm::launch_dependent(from_few<T>, blocks, dim3(kThreads), 0, stream, (const T *)x, weights, (const T *)bias, (T *)y, s, static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(tiles));
 }
 
 // y = convolution of x, of `from` channels, with weights (output channels, 9 taps, input channels); `gradient`: x is the

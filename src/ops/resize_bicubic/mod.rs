@@ -5,7 +5,7 @@ mod tests;
 
 use candle_core::Tensor;
 
-use super::resize_bilinear::{ResizeBilinear, Taps, filtered};
+use super::resize_bilinear::{Filter, ResizeBilinear, Taps, filtered};
 use crate::autograd::apply;
 use crate::{Error, Result};
 
@@ -29,9 +29,8 @@ pub fn resize_bicubic(x: &Tensor, height: usize, width: usize) -> Result<Tensor>
     }
     let (_, old_height, old_width, _) = x.dims4()?;
     let along = |from: usize, to: usize| Taps { from, rows: (0..to).map(|output| taps(from, to, output)).collect() };
-    let resize =
-        ResizeBilinear { vertical: along(old_height, height), horizontal: along(old_width, width), antialias: None };
-    apply(resize, &[x])
+    let (vertical, horizontal) = (along(old_height, height), along(old_width, width));
+    apply(ResizeBilinear { vertical, horizontal, filter: Filter::Bicubic }, &[x])
 }
 
 /// The input pixels that an output pixel of an axis is made of, with their weights.

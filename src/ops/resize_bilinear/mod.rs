@@ -34,16 +34,28 @@ pub fn resize_bilinear(x: &Tensor, height: usize, width: usize, antialias: bool)
     let (_, old_height, old_width, _) = x.dims4()?;
     let vertical = Taps::new(old_height, height, antialias);
     let horizontal = Taps::new(old_width, width, antialias);
-    apply(ResizeBilinear { vertical, horizontal, antialias: Some(antialias) }, &[x])
+    let filter = if antialias { Filter::Triangle } else { Filter::Linear };
+    apply(ResizeBilinear { vertical, horizontal, filter }, &[x])
 }
 
-/// Resizing by any filter that treats the axes one after the other.
+/// Resizing by a filter that treats the axes one after the other.
 pub(super) struct ResizeBilinear {
     pub(super) vertical: Taps,
     pub(super) horizontal: Taps,
-    /// Of the bilinear filter, for which the GPU has kernels of its own; `None` for other filters.
+    /// What the taps were made of.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the CPU goes by the taps alone"))]
-    pub(super) antialias: Option<bool>,
+    pub(super) filter: Filter,
+}
+
+/// The filters, as the GPU's kernels count them.
+#[derive(Clone, Copy)]
+pub(super) enum Filter {
+    /// Between the two pixels at the sides of a point.
+    Linear,
+    /// The same, stretched by the factor of a reduction.
+    Triangle,
+    /// Keys' cubic with a = -0.5, stretched likewise.
+    Bicubic,
 }
 
 /// The linear map from the pixels of one axis to those of its resized version.

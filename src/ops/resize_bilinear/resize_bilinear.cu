@@ -1,6 +1,5 @@
-// Bilinear resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second
-// gathers,
-// both axes at once: pictures are few and small beside a network's activations. The gradient gathers too (which output
+// Bilinear and bicubic resizing. A first, tiny kernel computes the filters of both axes in f64, as the CPU does; the second
+// gathers, both axes at once: pictures are few and small beside a network's activations. The gradient gathers too (which output
 // pixels an input pixel contributes to is an interval), so it needs no atomics and no order is left to chance.
 #include "resize_bilinear.h"
 
@@ -10,39 +9,45 @@ using namespace lcm;
 
 namespace {
 
+// A kind of filter, as the launchers' `filter` counts them.
+enum Filter { kLinear, kTriangle, kKeys };
+
+// Pixels a filter reaches to both sides of its centre, where it is not stretched.
+__host__ __device__ inline int support(Filter filter) { return filter == kKeys ? 2 : 1; }
+
 // The filter of one axis: output pixel o mixes `count[o]` input pixels from `first[o]` on, by weights[o * most ...];
-// input
-// pixel i is mixed into the output pixels from `begin[i]` to before `end[i]`.
+// input pixel i is mixed into the output pixels from `begin[i]` to before `end[i]`.
 struct Taps {
   int from, to, most;
   int *first, *count, *begin, *end;
   float *weights;
 };
 
-int most_taps(int from, int to, bool antialias) {
-  // A triangle covers twice its half-width, and rounding must not make it one pixel more than there is room for.
-  return (antialias && from > to ? 2 * divide_up(from, to) : 2) + 1;
+int most_taps(int from, int to, Filter filter) {
+  // A filter covers twice its reach, and rounding must not make it one pixel more than there is room for.
+  return 2 * support(filter) * (filter != kLinear && from > to ? divide_up(from, to) : 1) + 1;
 }
 
-size_t taps_bytes(int from, int to, bool antialias) {
-  return sizeof(int) * 2 * (static_cast<size_t>(to) + from) + sizeof(float) * most_taps(from, to, antialias) * to;
+size_t taps_bytes(int from, int to, Filter filter) {
+  return sizeof(int) * 2 * (static_cast<size_t>(to) + from) + sizeof(float) * most_taps(from, to, filter) * to;
 }
 
-Taps taps_at(void *memory, int from, int to, bool antialias) {
-  int most = most_taps(from, to, antialias), *first = static_cast<int *>(memory), *begin = first + 2 * to;
+Taps taps_at(void *memory, int from, int to, Filter filter) {
+  int most = most_taps(from, to, filter), *first = static_cast<int *>(memory), *begin = first + 2 * to;
   return Taps{from, to, most, first, first + to, begin, begin + from, reinterpret_cast<float *>(begin + 2 * from)};
 }
 
 // Where the filter of an output pixel lies: over the input pixels [first, end).
 struct Reach {
-  double centre, reach;
+  double centre, stretch;
   int first, end;
 
-  __device__ Reach(const Taps &taps, int o, bool antialias) {
+  __device__ Reach(const Taps &taps, int o, Filter filter) {
     double scale = static_cast<double>(taps.from) / taps.to;
     centre = scale * (o + 0.5);
-    reach = fmax(scale, 1.0);
-    if (antialias) {
+    stretch = fmax(scale, 1.0);
+    if (filter != kLinear) {
+      double reach = support(filter) * stretch;
       first = static_cast<int>(fmax(centre - reach + 0.5, 0.0));
       end = min(min(static_cast<int>(centre + reach + 0.5), taps.from), first + taps.most);
     } else {
@@ -52,13 +57,21 @@ struct Reach {
   }
 };
 
-__device__ void fill_output(const Taps &taps, int o, bool antialias) {
+// The filter at a distance from its centre.
+__device__ double value(Filter filter, double x) {
+  if (filter == kTriangle) return fmax(1.0 - x, 0.0);
+  constexpr double a = -0.5;
+  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
+  return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
+}
+
+__device__ void fill_output(const Taps &taps, int o, Filter filter) {
   float *weights = taps.weights + static_cast<int64_t>(o) * taps.most;
-  Reach at(taps, o, antialias);
+  Reach at(taps, o, filter);
   taps.first[o] = at.first;
   taps.count[o] = at.end - at.first;
-  if (antialias) {
-    auto weight = [&](int i) { return fmax(1.0 - fabs((i - at.centre + 0.5) / at.reach), 0.0); };
+  if (filter != kLinear) {
+    auto weight = [&](int i) { return value(filter, fabs((i - at.centre + 0.5) / at.stretch)); };
     double total = 0.0;
     for (int i = at.first; i < at.end; ++i) total += weight(i);
     for (int i = at.first; i < at.end; ++i) weights[i - at.first] = static_cast<float>(weight(i) / total);
@@ -71,12 +84,12 @@ __device__ void fill_output(const Taps &taps, int o, bool antialias) {
 
 // Filters move on with their centres, at scale (o + 0.5), and end less than reach + 1 from them: the output pixels of
 // input pixel i are among those so near, and one more at either end. At the borders, where filters are cut, all are.
-__device__ void fill_input(const Taps &taps, int i, bool antialias) {
-  double scale = static_cast<double>(taps.from) / taps.to, reach = fmax(scale, 1.0) + 1.0;
+__device__ void fill_input(const Taps &taps, int i, Filter filter) {
+  double scale = static_cast<double>(taps.from) / taps.to, reach = support(filter) * fmax(scale, 1.0) + 1.0;
   int begin = i == 0 ? 0 : max(static_cast<int>((i + 0.5 - reach) / scale - 0.5) - 1, 0);
   int end = i == taps.from - 1 ? taps.to : min(static_cast<int>((i + 0.5 + reach) / scale - 0.5) + 3, taps.to);
   auto holds = [&](int o) {
-    Reach at(taps, o, antialias);
+    Reach at(taps, o, filter);
     return at.first <= i && i < at.end;
   };
   while (begin < end && !holds(begin)) ++begin;
@@ -86,13 +99,13 @@ __device__ void fill_input(const Taps &taps, int i, bool antialias) {
 }
 
 // One thread a pixel; blockIdx.y: the axis, and 2 more for input pixels.
-__global__ void fill_taps(Taps vertical, Taps horizontal, bool antialias) {
+__global__ void fill_taps(Taps vertical, Taps horizontal, Filter filter) {
   const Taps &taps = blockIdx.y % 2 == 0 ? vertical : horizontal;
   int pixel = blockIdx.x * blockDim.x + threadIdx.x;
   if (blockIdx.y < 2) {
-    if (pixel < taps.to) fill_output(taps, pixel, antialias);
+    if (pixel < taps.to) fill_output(taps, pixel, filter);
   } else if (pixel < taps.from) {
-    fill_input(taps, pixel, antialias);
+    fill_input(taps, pixel, filter);
   }
 }
 
@@ -180,14 +193,16 @@ struct Backward {
 // Fills the filters and applies the pass F to the `count` elements of its output.
 template <template <class> class F>
 int launch(const void *from, void *to, int64_t count, int height, int width, int channels, int new_height,
-           int new_width, int antialias, int dtype, void *workspace, cudaStream_t stream) {
+           int new_width, int kind_of_filter, int dtype, void *workspace, cudaStream_t stream) {
+  if (kind_of_filter < kLinear || kind_of_filter > kKeys) return -1;
+  const Filter filter = static_cast<Filter>(kind_of_filter);
   if (count < 0 || height < 1 || width < 1 || channels < 1 || new_height < 1 || new_width < 1) return -1;
-  Taps vertical = taps_at(workspace, height, new_height, antialias);
-  void *rest = static_cast<char *>(workspace) + taps_bytes(height, new_height, antialias);
-  Taps horizontal = taps_at(rest, width, new_width, antialias);
+  Taps vertical = taps_at(workspace, height, new_height, filter);
+  void *rest = static_cast<char *>(workspace) + taps_bytes(height, new_height, filter);
+  Taps horizontal = taps_at(rest, width, new_width, filter);
   int longest = 1;
   for (int size : {height, width, new_height, new_width}) longest = size > longest ? size : longest;
-  fill_taps<<<dim3(divide_up(longest, 64), 4), 64, 0, stream>>>(vertical, horizontal, antialias != 0);
+  fill_taps<<<dim3(divide_up(longest, 64), 4), 64, 0, stream>>>(vertical, horizontal, filter);
   if (int error = launched()) return error;
   return dispatch(dtype, channels % wide(dtype) == 0 && aligned(from, to), [&](auto kind) {
     using T = typename decltype(kind)::type;
@@ -198,21 +213,22 @@ int launch(const void *from, void *to, int64_t count, int height, int width, int
 
 } // namespace
 
-extern "C" size_t lcm_resize_bilinear_workspace(int height, int width, int new_height, int new_width, int antialias) {
-  if (height < 1 || width < 1 || new_height < 1 || new_width < 1) return 0;
-  return taps_bytes(height, new_height, antialias) + taps_bytes(width, new_width, antialias);
+extern "C" size_t lcm_resize_bilinear_workspace(int height, int width, int new_height, int new_width, int filter) {
+  if (height < 1 || width < 1 || new_height < 1 || new_width < 1 || filter < kLinear || filter > kKeys) return 0;
+  const Filter kind = static_cast<Filter>(filter);
+  return taps_bytes(height, new_height, kind) + taps_bytes(width, new_width, kind);
 }
 
 extern "C" int lcm_resize_bilinear_forward(const void *x, void *y, int64_t batch, int height, int width, int channels,
-                                           int new_height, int new_width, int antialias, int dtype, void *workspace,
+                                           int new_height, int new_width, int filter, int dtype, void *workspace,
                                            cudaStream_t stream) {
   return launch<Forward>(x, y, batch * new_height * new_width * channels, height, width, channels, new_height, new_width,
-                         antialias, dtype, workspace, stream);
+                         filter, dtype, workspace, stream);
 }
 
 extern "C" int lcm_resize_bilinear_backward(const void *dy, void *dx, int64_t batch, int height, int width,
-                                            int channels, int new_height, int new_width, int antialias, int dtype,
+                                            int channels, int new_height, int new_width, int filter, int dtype,
                                             void *workspace, cudaStream_t stream) {
   return launch<Backward>(dy, dx, batch * height * width * channels, height, width, channels, new_height, new_width,
-                          antialias, dtype, workspace, stream);
+                          filter, dtype, workspace, stream);
 }
