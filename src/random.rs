@@ -144,6 +144,8 @@ mod tests {
         let small = address.normal_batch(2, (3, 4), DType::F32, &Device::Cpu)?;
         let large = address.normal_batch(5, (3, 4), DType::F32, &Device::Cpu)?.narrow(0, 0, 2)?;
         assert_eq!(small.flatten_all()?.to_vec1::<f32>()?, large.flatten_all()?.to_vec1::<f32>()?);
+        let second = address.sample(1).normal((3, 4), DType::F32, &Device::Cpu)?;
+        assert_eq!(small.get(1)?.to_vec2::<f32>()?, second.to_vec2::<f32>()?);
         Ok(())
     }
 

@@ -365,6 +365,28 @@ mod tests {
     }
 
     #[test]
+    fn the_features_of_no_image_are_those_of_the_weights_as_they_are() -> Result<()> {
+        let (trainable, parameters) = load(&tiny(), DType::F64)?;
+        let tensors = parameters.all().into_iter().map(|(name, variable)| (name, variable.as_detached_tensor()));
+        let copies = tensors.map(|(name, tensor)| Ok((name, tensor.copy()?))).collect::<Result<_>>()?;
+        let frozen = ClipVision::load(&tiny(), &Weights::frozen("copies", copies))?;
+        let numbers = |tensor: Tensor| -> Result<Vec<f64>> { Ok(tensor.flatten_all()?.to_vec1()?) };
+        let zeros = Tensor::zeros((1, 3, 4, 4), DType::F64, &Device::Cpu)?;
+        let before = numbers(trainable.null_features()?)?;
+        assert_eq!(before, numbers(frozen.penultimate_hidden_states(&zeros)?)?);
+        assert_eq!(
+            [before.clone(), before.clone()],
+            [numbers(frozen.null_features()?)?, numbers(frozen.null_features()?)?]
+        );
+        // Kept for frozen weights only.
+        for (_, variable) in parameters.all() {
+            variable.set(&variable.affine(0.5, 0.1)?)?;
+        }
+        assert_ne!(before, numbers(trainable.null_features()?)?);
+        Ok(())
+    }
+
+    #[test]
     fn every_weight_gets_a_gradient() -> Result<()> {
         let (model, parameters) = load(&tiny(), DType::F32)?;
         let images = Address::new(2, "images").normal((2, 3, 4, 4), DType::F32, &Device::Cpu)?;

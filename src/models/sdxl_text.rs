@@ -48,3 +48,37 @@ impl TextEncoder for SdxlText {
         self.encode(&batches.concat())?.split(batches)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::models::clip_text::{ClipText, Config};
+    use crate::nn::{Parameters, Weights};
+
+    #[test]
+    fn batches_that_are_encoded_together_get_what_each_gets_alone() -> Result<()> {
+        let encoder = |seed: u64| -> Result<TokenizedClipText> {
+            let weights = Weights::trainable(&Parameters::new(), seed, DType::F64, &Device::Cpu);
+            Ok(TokenizedClipText {
+                tokenizer: PromptTokenizer::mini()?,
+                network: ClipText::load(&Config::mini(), &weights)?,
+            })
+        };
+        let text = SdxlText { first: encoder(1)?, second: encoder(2)? };
+        let prompts = ["a portrait", "", "a painting of a person"].map(String::from);
+        let batches = [&prompts[..2], &prompts[2..], &prompts[1..]];
+        let together = text.encode_batches(&batches)?;
+        assert_eq!(together.len(), 3);
+        for (prompts, together) in batches.iter().zip(&together) {
+            let alone = text.encode(prompts)?;
+            for (a, b) in [(&together.hidden_states, &alone.hidden_states), (&together.pooled, &alone.pooled)] {
+                assert_eq!(a.dims(), b.dims());
+                let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                assert!(difference < 1e-12, "{difference}");
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,7 +1,7 @@
 use candle_core::{D, DType, Device, Tensor, Var};
 use proptest::prelude::{ProptestConfig, proptest};
 
-use super::{Mask, attention, attention_where};
+use super::{Mask, attention, attention_packed_masked, attention_where};
 use crate::Result;
 use crate::autograd::check_gradients;
 use crate::random::Address;
@@ -187,6 +187,18 @@ fn no_reference_tokens_give_plain_attention() -> Result<()> {
     let gradients = problem.run(&variables)?.sum_all()?.backward()?;
     assert_eq!(gradients.get(&variables[3]).unwrap().dims(), [1, 0, 6]);
     assert_eq!(gradients.get(&variables[2]).unwrap().dims(), [2, 4, 6]);
+    Ok(())
+}
+
+#[test]
+fn packed_queries_keys_and_values_attend_as_separate_ones_do() -> Result<()> {
+    let parts = [normal("q", &[2, 5, 6])?, normal("k", &[2, 5, 6])?, normal("v", &[2, 5, 6])?];
+    let packed = Tensor::cat(&parts, 2)?;
+    for mask in [Mask::None, Mask::Causal] {
+        let expected = attention(&parts[0], (&parts[1], &parts[2]), None, 3, mask)?;
+        assert!(distance(&attention_packed_masked(&packed, 3, mask)?, &expected)? < 1e-14, "{mask:?}");
+    }
+    assert!(attention_packed_masked(&packed, 4, Mask::None).is_err());
     Ok(())
 }
 
