@@ -4,33 +4,27 @@ use candle_core::Tensor;
 use rand::Rng;
 
 use crate::Result;
-use crate::models::unet::{Conditioning, KeyValues};
+use crate::models::unet::Conditioning;
 use crate::random::Address;
 
 /// Drops each reference token with a probability, independently in every block, the same ones for all samples of the
 /// batch and for key and value (official code: `kv_drop_chance`). Probability 1 leaves none: plain self-attention.
-///
-/// # Errors
-/// [`crate::Error::Candle`] where memory is out.
-pub fn drop_reference_tokens(reference: &KeyValues, probability: f64, address: Address) -> Result<KeyValues> {
-    if probability <= 0.0 {
-        return Ok(reference.clone());
+#[derive(Clone, Copy, Debug)]
+pub struct ReferenceDropout {
+    /// Of each token, 0 to 1.
+    pub probability: f64,
+    /// Where it is drawn.
+    pub address: Address,
+}
+
+impl ReferenceDropout {
+    /// The indices that are kept of so many tokens of a block; `block`: its place among the recorded ones in the order of
+    /// their names.
+    pub fn kept(&self, block: usize, tokens: usize) -> Vec<u32> {
+        let mut rng = self.address.sample(block).rng();
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        (0..tokens).filter(|_| rng.random::<f64>() >= self.probability).collect()
     }
-    let mut kept = KeyValues::default();
-    for (block, (name, (key, value))) in reference.iter().enumerate() {
-        let mut rng = address.sample(block).rng();
-        let tokens = u32::try_from(key.dim(1)?).unwrap_or(u32::MAX);
-        let indices: Vec<u32> = (0..tokens).filter(|_| rng.random::<f64>() >= probability).collect();
-        match indices.len() as u32 {
-            0 => continue,
-            count if count == tokens => kept.insert(name, key.clone(), value.clone()),
-            count => {
-                let indices = Tensor::from_vec(indices, count as usize, key.device())?;
-                kept.insert(name, key.index_select(&indices, 1)?, value.index_select(&indices, 1)?);
-            }
-        }
-    }
-    Ok(kept)
 }
 
 /// Replaces the image tokens of each sample by the unconditional ones with a probability (official code:
@@ -90,33 +84,15 @@ mod tests {
 
     use super::*;
 
-    fn reference() -> Result<KeyValues> {
-        let mut reference = KeyValues::default();
-        for block in ["a", "b"] {
-            let key = Address::new(1, "key").normal((2, 400, 3), DType::F32, &Device::Cpu)?;
-            reference.insert(block, key.clone(), (key * 2.0)?);
-        }
-        Ok(reference)
-    }
-
     #[test]
-    fn reference_tokens_are_dropped_at_the_rate_asked_and_differently_in_every_block() -> Result<()> {
-        let kept = drop_reference_tokens(&reference()?, 0.25, Address::new(0, "kv"))?;
-        let (key, value) = kept.get("a").unwrap();
-        let count = key.dim(1)? as f64;
-        assert!((count / 400.0 - 0.75).abs() < 0.08, "{count}");
-        let difference = ((key * 2.0)? - value)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert_eq!(difference, 0.0, "keys and values lose the same tokens");
-        let other = kept.get("b").unwrap().0.flatten_all()?.to_vec1::<f32>()?;
-        assert_ne!(key.flatten_all()?.to_vec1::<f32>()?, other);
-        Ok(())
-    }
-
-    #[test]
-    fn dropping_all_reference_tokens_leaves_no_reference() -> Result<()> {
-        assert!(drop_reference_tokens(&reference()?, 1.0, Address::new(0, "kv"))?.is_empty());
-        assert_eq!(drop_reference_tokens(&reference()?, 0.0, Address::new(0, "kv"))?.len(), 2);
-        Ok(())
+    fn reference_tokens_are_dropped_at_the_rate_asked_and_differently_in_every_block() {
+        let dropout = ReferenceDropout { probability: 0.25, address: Address::new(0, "kv") };
+        let kept = dropout.kept(0, 400);
+        assert!((kept.len() as f64 / 400.0 - 0.75).abs() < 0.08, "{}", kept.len());
+        assert!(kept.windows(2).all(|pair| pair[0] < pair[1]));
+        assert_eq!(kept, dropout.kept(0, 400));
+        assert_ne!(kept, dropout.kept(1, 400));
+        assert!(ReferenceDropout { probability: 1.0, ..dropout }.kept(0, 400).is_empty());
     }
 
     #[test]

@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::dropout::ReferenceDropout;
 use crate::Result;
 use crate::models::unet::{Conditioning, KeyValues, Pass, Recording, UNet};
 use crate::nn::{LoraSet, Loras, Weights};
+use crate::ops::TokenSelection;
 
 /// The shape of a [`KvEncoder`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +50,7 @@ impl KvEncoder {
     /// # Errors
     /// [`crate::Error::Tensor`] for missing or misshapen tensors.
     pub fn load(config: &KvEncoderConfig, unet: &UNet, weights: &Weights) -> Result<Self> {
-        let recording = Recording { projections: None, blocks: config.blocks.clone() };
+        let recording = Recording { blocks: config.blocks.clone(), ..Recording::default() };
         let names = unet.block_names();
         let last = names.iter().rposition(|name| recording.includes(name)).unwrap_or(0);
         let shapes = UNet::shapes(unet.config())?;
@@ -98,7 +100,97 @@ impl KvEncoder {
         conditioning: &Conditioning,
         recompute: bool,
     ) -> Result<KeyValues> {
-        let pass = Pass { loras: Loras::one(&self.attention, 1.0), recompute, ..Pass::default() };
-        unet.record(noisy_latents, timesteps, conditioning, &pass, &self.recording)
+        unet.record(noisy_latents, timesteps, conditioning, &self.pass(recompute), &self.recording)
+    }
+
+    /// The same with tokens dropped, for training. Blocks that lose all of theirs are not among the result, which is empty
+    /// where all do.
+    ///
+    /// # Errors
+    /// Those of [`UNet::record`].
+    pub fn encode_dropping(
+        &self,
+        unet: &UNet,
+        noisy_latents: &Tensor,
+        timesteps: &[usize],
+        conditioning: &Conditioning,
+        dropout: &ReferenceDropout,
+        recompute: bool,
+    ) -> Result<KeyValues> {
+        if dropout.probability <= 0.0 {
+            return self.encode(unet, noisy_latents, timesteps, conditioning, recompute);
+        }
+        let (_, _, height, width) = noisy_latents.dims4()?;
+        let tokens: BTreeMap<String, usize> = unet.block_tokens(height, width).into_iter().collect();
+        let recorded = tokens.into_iter().filter(|(name, _)| self.recording.includes(name));
+        let mut recording = Recording { blocks: Vec::new(), ..self.recording.clone() };
+        for (block, (name, tokens)) in recorded.enumerate() {
+            let kept = dropout.kept(block, tokens);
+            if kept.is_empty() {
+                continue;
+            }
+            if kept.len() < tokens {
+                recording.kept.insert(name.clone(), TokenSelection::new(kept, tokens, noisy_latents.device())?);
+            }
+            recording.blocks.push(name);
+        }
+        // No names would stand for all blocks.
+        if recording.blocks.is_empty() {
+            return Ok(KeyValues::default());
+        }
+        unet.record(noisy_latents, timesteps, conditioning, &self.pass(recompute), &recording)
+    }
+
+    fn pass(&self, recompute: bool) -> Pass {
+        Pass { loras: Loras::one(&self.attention, 1.0), recompute, ..Pass::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::mini;
+    use crate::nn::Parameters;
+    use crate::random::Address;
+
+    fn encode(probability: f64) -> Result<(KeyValues, KeyValues)> {
+        let base = mini::tiny_base(1, DType::F32, &Device::Cpu)?;
+        let weights = Weights::trainable(&Parameters::new(), 1, DType::F32, &Device::Cpu);
+        let encoder = KvEncoder::load(&KvEncoderConfig::default(), &base.unet, &weights)?;
+        let text = base.conditioning(&["a photo of a face".to_string(), String::new()])?;
+        let channels = base.unet.config().in_channels;
+        let latents = Address::new(1, "latents").normal((2, channels, 8, 8), DType::F32, &Device::Cpu)?;
+        let dropout = ReferenceDropout { probability, address: Address::new(1, "kv") };
+        let all = encoder.encode(&base.unet, &latents, &[500, 20], &text, false)?;
+        Ok((all, encoder.encode_dropping(&base.unet, &latents, &[500, 20], &text, &dropout, false)?))
+    }
+
+    #[test]
+    fn dropping_leaves_some_tokens_as_they_are_and_the_same_ones_of_keys_and_values() -> Result<()> {
+        let (all, some) = encode(0.4)?;
+        let dropout = ReferenceDropout { probability: 0.4, address: Address::new(1, "kv") };
+        let mut dropped = 0;
+        for (block, (name, (key, value))) in all.iter().enumerate() {
+            let kept = dropout.kept(block, key.dim(1)?);
+            dropped += key.dim(1)? - kept.len();
+            let rows = Tensor::new(kept, &Device::Cpu)?;
+            let (some_key, some_value) = some.get(name).unwrap();
+            for (all, some) in [(key, some_key), (value, some_value)] {
+                let difference = (all.index_select(&rows, 1)? - some)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(difference < 1e-5, "{name}: {difference}");
+            }
+        }
+        assert!(dropped > 0);
+        Ok(())
+    }
+
+    #[test]
+    fn dropping_all_tokens_leaves_no_reference_and_dropping_none_all() -> Result<()> {
+        assert!(encode(1.0)?.1.is_empty());
+        let (all, none_dropped) = encode(0.0)?;
+        assert_eq!(all.len(), none_dropped.len());
+        Ok(())
     }
 }

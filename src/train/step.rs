@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{LossReport, TrainConfig};
 use crate::Result;
 use crate::data::Batch;
-use crate::lookahead::dropout::{drop_image_tokens, drop_reference_tokens, drop_text};
+use crate::lookahead::dropout::{ReferenceDropout, drop_image_tokens, drop_text};
 use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, PreviewPath, preview};
 use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::Loras;
@@ -197,8 +197,9 @@ impl StepLosses<'_> {
             true => base.schedule.add_noise(&prepared.conditioning_latents, &prepared.noise, timesteps)?,
             false => prepared.conditioning_latents.clone(),
         };
-        let reference = kv_encoder.encode(&base.unet, &latents, timesteps, &prepared.encoder_text, config.recompute)?;
-        Ok(Some(drop_reference_tokens(&reference, config.dropout.kv_drop_chance, kv_drop)?))
+        let dropout = ReferenceDropout { probability: config.dropout.kv_drop_chance, address: kv_drop };
+        let text = &prepared.encoder_text;
+        Ok(Some(kv_encoder.encode_dropping(&base.unet, &latents, timesteps, text, &dropout, config.recompute)?))
     }
 
     pub(super) fn pass(&self, conditions: &Conditions, loras: Loras) -> Pass {

@@ -445,7 +445,7 @@ fn check_against_base(config: &TrainConfig, base: &Base) -> Result<()> {
     }
     let names = base.unet.block_names();
     for beginning in &config.adapter.extended_layers {
-        let recording = Recording { projections: None, blocks: vec![beginning.clone()] };
+        let recording = Recording { blocks: vec![beginning.clone()], ..Recording::default() };
         let known = names.iter().any(|name| recording.includes(name));
         if !known {
             let reason = format!("`{beginning}` begins no transformer block's name; they are {names:?}");

@@ -1,10 +1,10 @@
 //! Norms, activations, changes of size, and other operations that move memory.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use lcm_lookahead::Result;
-use lcm_lookahead::ops::{self, Activation};
+use lcm_lookahead::ops::{self, Activation, TokenSelection};
 
-use crate::{compare, random};
+use crate::{compare, gpu, random};
 
 #[test]
 fn residual_and_norm_equal_the_cpu() -> Result<()> {
@@ -51,6 +51,18 @@ fn pointwise_operations_equal_the_cpu() -> Result<()> {
     compare("geglu, odd", &[random("x", &[3, 7, 10])], |t| ops::geglu(&t[0]))?;
     for kind in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
         compare(&format!("{kind:?}"), &[random("x", &[5, 37])], |t| ops::activation(&t[0], kind))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn selected_tokens_equal_the_cpu() -> Result<()> {
+    for (channels, kept) in [(32, vec![0, 2, 3, 10]), (5, vec![12]), (640, (0..13).step_by(2).collect())] {
+        let on_cpu = TokenSelection::new(kept.clone(), 13, &Device::Cpu)?;
+        let on_gpu = gpu().map(|device| TokenSelection::new(kept, 13, &device)).transpose()?;
+        compare(&format!("select_tokens {channels}"), &[random("x", &[3, 13, channels])], |t| {
+            ops::select_tokens(&t[0], on_gpu.as_ref().filter(|_| t[0].device().is_cuda()).unwrap_or(&on_cpu))
+        })?;
     }
     Ok(())
 }

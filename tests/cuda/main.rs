@@ -61,7 +61,7 @@ fn run(inputs: &[Tensor], function: &dyn Fn(&[Tensor]) -> Result<Tensor>) -> Res
 /// Compares a function on the GPU with the CPU in f64, on inputs that are exact in the dtype compared.
 fn compare(name: &str, inputs: &[Tensor], function: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
     let Some(device) = gpu() else { return Ok(()) };
-    for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 2e-2), (DType::F16, 4e-3)] {
+    for (dtype, limit) in [(DType::F32, 5e-6), (DType::BF16, 1e-2), (DType::F16, 1.5e-3)] {
         let rounded: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype)).collect::<candle_core::Result<_>>()?;
         let exact: Vec<Tensor> = rounded.iter().map(|t| t.to_dtype(DType::F64)).collect::<candle_core::Result<_>>()?;
         let moved: Vec<Tensor> = rounded.iter().map(|t| t.to_device(&device)).collect::<candle_core::Result<_>>()?;

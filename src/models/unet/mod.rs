@@ -169,6 +169,22 @@ impl UNet {
         transformers.flat_map(|transformer| transformer.block_names()).map(str::to_string).collect()
     }
 
+    /// How many tokens each transformer block has for latents of this height and width, in the order of
+    /// [`UNet::block_names`].
+    pub fn block_tokens(&self, height: usize, width: usize) -> Vec<(String, usize)> {
+        let Inner { down, mid, up, .. } = &*self.inner;
+        let last = down.len().saturating_sub(1);
+        let down =
+            down.iter().enumerate().flat_map(|(level, stage)| stage.attentions.iter().map(move |of| (level, of)));
+        let up = up.iter().enumerate().flat_map(|(i, stage)| stage.attentions.iter().map(move |of| (last - i, of)));
+        let all = down.chain(std::iter::once((last, &mid.attention))).chain(up);
+        let tokens = |level: usize| (height >> level) * (width >> level);
+        all.flat_map(|(level, transformer)| {
+            transformer.block_names().map(move |name| (name.to_string(), tokens(level)))
+        })
+        .collect()
+    }
+
     /// Predicts the noise.
     ///
     /// `latents`: `(batch, in_channels, height, width)`, height and width divisible by 2^(resolutions - 1);

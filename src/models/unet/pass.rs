@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use super::FreeU;
 use crate::nn::{LoraSet, Loras};
+use crate::ops::TokenSelection;
 
 /// Keys and values of attention layers, by the name of the transformer block they belong to
 /// (`down_blocks.1.attentions.0.transformer_blocks.0`); each `(batch, tokens, channels)`.
@@ -93,6 +94,8 @@ pub struct Recording {
     pub projections: Option<LoraSet>,
     /// Names, or beginnings of names, of the transformer blocks to record; empty for all.
     pub blocks: Vec<String>,
+    /// Which tokens of a block to record; all of a block that is not named here.
+    pub kept: BTreeMap<String, TokenSelection>,
 }
 
 impl Recording {

@@ -3,6 +3,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use super::*;
 use crate::autograd::recomputations;
 use crate::nn::{LoraSet, Loras, Parameters};
+use crate::ops::TokenSelection;
 use crate::random::Address;
 
 fn tiny() -> Config {
@@ -70,7 +71,7 @@ fn a_reference_changes_only_the_blocks_it_names() -> Result<()> {
     let unet = frozen(&tiny())?;
     let (latents, text) = (normal("latents", &[1, 4, 4, 4])?, conditioning(unet.config(), 1)?);
     let record = |blocks: Vec<String>| {
-        let recording = Recording { projections: None, blocks };
+        let recording = Recording { blocks, ..Recording::default() };
         unet.record(&latents, &[500], &text, &Pass::default(), &recording)
     };
     let all = record(vec![])?;
@@ -90,8 +91,35 @@ fn a_reference_changes_only_the_blocks_it_names() -> Result<()> {
 }
 
 #[test]
+fn recorded_tokens_are_those_selected_of_all() -> Result<()> {
+    let unet = frozen(&tiny())?;
+    let (latents, text) = (normal("latents", &[2, 4, 4, 8])?, conditioning(unet.config(), 2)?);
+    let record = |kept| {
+        let recording = Recording { kept, ..Recording::default() };
+        unet.record(&latents, &[500, 20], &text, &Pass::default(), &recording)
+    };
+    let all = record(BTreeMap::new())?;
+    let tokens = unet.block_tokens(4, 8);
+    assert_eq!(tokens.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), unet.block_names());
+    for (name, tokens) in &tokens {
+        assert_eq!(all.get(name).unwrap().0.dim(1)?, *tokens, "{name}");
+    }
+    let (name, tokens) = &tokens[1];
+    let selection = TokenSelection::new(vec![0, 2, 3], *tokens, &Device::Cpu)?;
+    let some = record(BTreeMap::from([(name.clone(), selection)]))?;
+    let rows = Tensor::new(&[0u32, 2, 3], &Device::Cpu)?;
+    for (block, (key, value)) in all.iter() {
+        let expected = |all: &Tensor| if block == name { all.index_select(&rows, 1) } else { Ok(all.clone()) };
+        let (some_key, some_value) = some.get(block).unwrap();
+        assert!(distance(&expected(key)?, some_key)? < 1e-12, "{block}");
+        assert!(distance(&expected(value)?, some_value)? < 1e-12, "{block}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_beginning_of_a_name_matches_whole_parts_only() {
-    let recording = Recording { projections: None, blocks: vec!["down_blocks.1".into()] };
+    let recording = Recording { blocks: vec!["down_blocks.1".into()], ..Recording::default() };
     assert!(recording.includes("down_blocks.1.attentions.0.transformer_blocks.0"));
     assert!(!recording.includes("down_blocks.10.attentions.0.transformer_blocks.0"));
 }
@@ -100,7 +128,7 @@ fn a_beginning_of_a_name_matches_whole_parts_only() {
 fn a_recording_of_no_block_is_an_error_that_lists_the_blocks() -> Result<()> {
     let unet = frozen(&tiny())?;
     let (latents, text) = (normal("latents", &[1, 4, 4, 4])?, conditioning(unet.config(), 1)?);
-    let recording = Recording { projections: None, blocks: vec!["middle".into()] };
+    let recording = Recording { blocks: vec!["middle".into()], ..Recording::default() };
     let error = unet.record(&latents, &[5], &text, &Pass::default(), &recording).unwrap_err().to_string();
     assert!(error.contains("mid_block.attentions.0") && error.contains("middle"), "{error}");
     Ok(())

@@ -131,6 +131,11 @@ impl TransformerBlock {
 
     /// The keys and values exported for a reference, from the normed input of `attn1`.
     fn record(&self, normed: &Tensor, pass: &Pass, recording: &Recording) -> Result<(Tensor, Tensor)> {
+        // Tokens nobody will look at are left out here, where they cost no projection.
+        let normed = match recording.kept.get(&self.name) {
+            Some(kept) => &ops::select_tokens(normed, kept)?,
+            None => normed,
+        };
         match &recording.projections {
             Some(projections) => self.attn1.exported_key_value(normed, &Loras::one(projections, 1.0)),
             None => self.attn1.exported_key_value(normed, &pass.loras),
