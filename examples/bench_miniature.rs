@@ -4,14 +4,16 @@
 //! `cargo run --release --example bench_miniature`, then `python benches/peer/torch_miniature.py`.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anyhow::bail;
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use lcm_lookahead::autograd::with_large_stack;
 use lcm_lookahead::data::{Batch, DatasetConfig, GenerateConfig, generate_dataset, to_tensor};
-use lcm_lookahead::mini::portrait::Portrait;
+use lcm_lookahead::mini::portrait::{HELD_OUT_COMBINATIONS, Identity, Portrait, Pose, Scene, Style};
+use lcm_lookahead::mini::pretrain::HELD_OUT_FROM;
 use lcm_lookahead::models::tokenizer::PromptTokenizer;
 use lcm_lookahead::nn::{Parameters, Weights};
 use lcm_lookahead::personalize::Options;
@@ -24,8 +26,15 @@ use lcm_lookahead::{
 /// Times the miniature's forward pass, training iteration and sampled picture on the CPU.
 #[derive(Parser)]
 struct Arguments {
-    /// What to measure: unet, training, picture; everything where none is named
+    /// What to measure: unet, training, picture; all three where none is named. References, with --encoder: what
+    /// passes of the KV encoder for several steps, or for fewer steps, save and change
     parts: Vec<String>,
+    /// The parameters.safetensors of a checkpoint, whose encoder `references` draws with
+    #[arg(long, value_name = "FILE")]
+    encoder: Option<PathBuf>,
+    /// People whom `references` draws, in ten prompts each
+    #[arg(long, default_value_t = 6)]
+    people: usize,
     /// Folder for the inputs and results that the PyTorch script compares with
     #[arg(long, default_value = "out/bench_miniature")]
     out: PathBuf,
@@ -43,6 +52,13 @@ type Tensors = HashMap<String, Tensor>;
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let base = mini::base(DType::F32, &Device::Cpu)?;
+    if arguments.parts.iter().any(|part| part == "references") {
+        let Some(encoder) = &arguments.encoder else { bail!("references: --encoder names an encoder's file") };
+        references(&base, encoder, arguments.people, arguments.repeats.max(1))?;
+    }
+    if arguments.parts.iter().all(|part| part == "references") && !arguments.parts.is_empty() {
+        return Ok(());
+    }
     std::fs::create_dir_all(&arguments.out)?;
     for part in ["unet", "training", "picture"] {
         if !arguments.parts.is_empty() && !arguments.parts.iter().any(|asked| asked == part) {
@@ -209,4 +225,77 @@ fn picture(base: &Base, repeats: usize, tensors: &mut Tensors) -> Result<()> {
     let noise = Address::new(options.seed, "initial noise");
     put("noise", noise.normal_batch(1, (4, 32, 32), base.dtype, &base.device)?);
     report("one picture, 30 steps", repeats, run)
+}
+
+/// Pictures of an encoder with a KV branch, 50 steps with its guidance: the time of one, and of several people in all the
+/// prompts that training left out, how far they are from those whose every step has a pass of the KV encoder for itself,
+/// and how much the faces resemble the photographs.
+fn references(base: &Base, encoder: &Path, people: usize, repeats: usize) -> anyhow::Result<()> {
+    let resampler = mini::face_encoder_config().resampler;
+    let tensors = candle_core::safetensors::load(encoder, &base.device)?;
+    let (config, source) = (TrainConfig::mini(), encoder.display().to_string());
+    let personalizer = Personalizer::from_tensors(base.clone(), &resampler, &config, &source, &tensors)?;
+    let portrait = |person: u64, style, scene, pose| Portrait {
+        identity: Identity::from_seed(HELD_OUT_FROM + 200_000 + person),
+        style,
+        scene,
+        pose,
+    };
+    let photographs = (0..people as u64).map(|person| {
+        let seed = HELD_OUT_FROM + 200_000 + person;
+        let shown = portrait(person, Style::Photo, Scene::Studio, Pose::from_seed(seed));
+        to_tensor(&shown.render(mini::RESOLUTION as u32).image, &base.device)
+    });
+    let photographs = Tensor::stack(&photographs.collect::<Result<Vec<_>>>()?, 0)?;
+    let reference = personalizer.reference_from_tensor(&photographs)?;
+    let prompts: Vec<String> = HELD_OUT_COMBINATIONS
+        .iter()
+        .map(|(style, scene)| portrait(0, *style, *scene, Pose::from_seed(0)).prompt())
+        .collect();
+    let judge = base.identity_loss();
+    let embedded = |pictures: &Tensor| -> Result<Vec<Option<Vec<f32>>>> {
+        let (faces, places) = judge.embed(&pictures.clamp(-1.0, 1.0)?)?;
+        let mut all = vec![None; pictures.dim(0)?];
+        for (i, place) in places.into_iter().enumerate() {
+            all[place] = faces.as_ref().map(|faces| faces.get(i)?.to_vec1()).transpose()?;
+        }
+        Ok(all)
+    };
+    let people_embedded = embedded(&photographs)?;
+    let mut own: Vec<Tensor> = Vec::new();
+    for (reference_steps, reference_interval) in [(1, 1), (2, 1), (3, 1), (1, 2), (1, 5)] {
+        let options = |seed| Options { seed, reference_steps, reference_interval, ..personalizer.default_options() };
+        let what = format!("reference steps {reference_steps}, interval {reference_interval}");
+        let one = reference.select(&[0])?;
+        report(&format!("{what}: one picture, 50 steps"), repeats, || {
+            personalizer.generate_tensor(&one, &prompts[..1], &options(0))
+        })?;
+        if reference_steps > 1 {
+            continue; // the same pictures but for rounding
+        }
+        let (mut pictures, mut cosine, mut faces, mut difference) = (Vec::new(), 0.0, 0usize, 0.0);
+        for (person, embedding) in people_embedded.iter().enumerate() {
+            let one = reference.select(&[person])?;
+            let drawn = personalizer.generate_tensor(&one, &prompts, &options(person as u64))?.clamp(-1.0, 1.0)?;
+            for face in embedded(&drawn)?.into_iter().flatten() {
+                let Some(photograph) = embedding else { continue };
+                cosine += f64::from(face.iter().zip(photograph).map(|(a, b)| a * b).sum::<f32>());
+                faces += 1;
+            }
+            if let Some(own) = own.get(person) {
+                difference += f64::from((&drawn - own)?.abs()?.mean_all()?.to_scalar::<f32>()?) / people as f64;
+            }
+            pictures.push(drawn);
+        }
+        println!(
+            "{what}: identity {:.4} in {faces} faces of {}, mean absolute difference of pixels {:.2e} of 2",
+            cosine / faces.max(1) as f64,
+            people * prompts.len(),
+            difference,
+        );
+        if own.is_empty() {
+            own = pictures;
+        }
+    }
+    Ok(())
 }

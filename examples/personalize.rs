@@ -85,6 +85,14 @@ struct Arguments {
     /// precision.
     #[arg(long)]
     lean: bool,
+    /// How many steps' references one pass of the KV encoder computes: more are faster on a GPU, and take more memory
+    /// [default: 2]
+    #[arg(long, value_name = "STEPS")]
+    reference_steps: Option<usize>,
+    /// How many neighbouring steps share the reference's keys and values: more are faster, and the pictures others
+    /// [default: 1]
+    #[arg(long, value_name = "STEPS")]
+    reference_interval: Option<usize>,
     /// Draw without the KV branch, with the adapter alone.
     #[arg(long)]
     no_kv: bool,
@@ -179,6 +187,8 @@ fn options(arguments: &Arguments, defaults: Options) -> anyhow::Result<Options> 
         sampler: arguments.sampler,
         guidance,
         use_reference: !arguments.no_kv,
+        reference_steps: arguments.reference_steps.unwrap_or(defaults.reference_steps),
+        reference_interval: arguments.reference_interval.unwrap_or(defaults.reference_interval),
         ..defaults
     })
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{FACE, RESOLUTION, portraits, tiny_adapter, tiny_base, tiny_config};
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::random::Address;
-use lcm_lookahead::{Error, Personalizer, Result, SamplerKind, Trainer};
+use lcm_lookahead::{Error, Guidance, Personalizer, Result, SamplerKind, Trainer};
 
 fn personalizer() -> Result<Personalizer> {
     let folder = tempfile::tempdir().unwrap();
@@ -41,6 +41,73 @@ fn several_people_are_drawn_in_one_batch_as_each_of_them_alone() -> Result<()> {
     }
     let swapped = personalizer.generate_tensor(&people.select(&[0, 0, 1])?, &prompts, &options)?;
     assert!(distance(&together.get(0)?, &swapped.get(0)?)? > 1e-6, "another person gives another picture");
+    Ok(())
+}
+
+/// Pictures of two people in seven steps.
+fn seven_steps(personalizer: &Personalizer, change: impl FnOnce(&mut Options)) -> Result<Tensor> {
+    let mut options = Options { steps: 7, ..personalizer.default_options() };
+    change(&mut options);
+    let prompts = ["an oil painting of a face", "a face in a forest"].map(String::from);
+    let people = personalizer.reference_from_tensor(&photographs(2)?)?;
+    personalizer.generate_tensor(&people, &prompts, &options)
+}
+
+#[test]
+fn how_many_steps_a_pass_of_the_kv_encoder_is_for_does_not_show_in_the_pictures() -> Result<()> {
+    let personalizer = personalizer()?;
+    for sampler in [SamplerKind::DpmSolverPlusPlus, SamplerKind::Lcm] {
+        let draw = |reference_steps| {
+            seven_steps(&personalizer, |options| {
+                (options.sampler, options.reference_steps) = (sampler, reference_steps);
+                if sampler == SamplerKind::Lcm {
+                    options.guidance = Guidance::None;
+                }
+            })
+        };
+        let one_by_one = draw(1)?;
+        for reference_steps in [2, 3, 100] {
+            let together = draw(reference_steps)?;
+            assert!(distance(&together, &one_by_one)? < 1e-9, "{sampler} {reference_steps}");
+        }
+    }
+    let one_by_one = seven_steps(&personalizer, |options| options.reference_steps = 1)?;
+    let default = seven_steps(&personalizer, |_| ())?;
+    assert!(distance(&default, &one_by_one)? < 1e-9);
+    // What the comparison is worth: without a reference the pictures are others.
+    let without = seven_steps(&personalizer, |options| options.use_reference = false)?;
+    assert!(distance(&without, &one_by_one)? > 1e-3);
+    Ok(())
+}
+
+#[test]
+fn keys_and_values_of_neighbouring_steps_are_near_to_a_steps_own() -> Result<()> {
+    let personalizer = personalizer()?;
+    let draw = |interval, steps| {
+        seven_steps(&personalizer, |options| {
+            (options.reference_interval, options.reference_steps) = (interval, steps);
+        })
+    };
+    let own = draw(1, 1)?;
+    let without = seven_steps(&personalizer, |options| options.use_reference = false)?;
+    let (lost, all) = (distance(&draw(2, 1)?, &own)?, distance(&without, &own)?);
+    println!("an interval of 2: {lost:.2e}, no reference: {all:.2e}");
+    assert!(lost > 1e-6 && lost < 0.3 * all, "{lost} of {all}");
+    assert!(distance(&draw(2, 3)?, &draw(2, 1)?)? < 1e-9);
+    Ok(())
+}
+
+#[test]
+fn at_least_one_step_is_asked_for() -> Result<()> {
+    let personalizer = personalizer()?;
+    for field in ["reference_steps", "reference_interval"] {
+        let drawn = seven_steps(&personalizer, |options| match field {
+            "reference_steps" => options.reference_steps = 0,
+            _ => options.reference_interval = 0,
+        });
+        let Err(error @ Error::Argument { .. }) = drawn else { panic!("{field}: {drawn:?}") };
+        assert!(error.to_string().contains(field) && error.to_string().contains("at least 1"), "{error}");
+    }
     Ok(())
 }
 

@@ -18,6 +18,7 @@ use clap::Parser;
 use frozen::Network;
 use lcm_lookahead::cuda;
 use measure::Report;
+use sampling::References;
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -48,6 +49,12 @@ struct Arguments {
     /// Keep the outputs of attention in training iterations instead of computing them again
     #[arg(long)]
     keep_attention: bool,
+    /// How many steps' references one pass of the KV encoder computes when pictures are drawn
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', default_value = "2")]
+    reference_steps: Vec<usize>,
+    /// How many neighbouring steps of a picture share the reference's keys and values
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', default_value = "1")]
+    reference_interval: Vec<usize>,
     /// Which GPU
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -81,9 +88,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return compare::compare(folder, &device);
     }
     let mut report = Report::new(&device)?;
+    let references = References { steps: arguments.reference_steps, intervals: arguments.reference_interval };
     if let Some(folder) = &arguments.open {
         opening::measure(&report, folder)?;
-        return sampling::measure_lean(&report, folder);
+        return sampling::measure_lean(&report, folder, &references);
     }
     if let Some(batch) = arguments.profile {
         return Ok(match arguments.parts.first() {
@@ -110,7 +118,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         frozen::measure(&report, &arguments.batch)?;
     }
     if wanted(Part::Sampling) {
-        sampling::measure(&report)?;
+        sampling::measure(&report, &references)?;
     }
     Ok(())
 }

@@ -11,18 +11,24 @@ use crate::measure::Report;
 use crate::networks::{RESOLUTION, base, encoder_config};
 use crate::opening::lean;
 
+/// The values of `Options::reference_steps` and `Options::reference_interval` that are measured.
+pub struct References {
+    pub steps: Vec<usize>,
+    pub intervals: Vec<usize>,
+}
+
 /// With all networks on the GPU.
-pub fn measure(report: &Report) -> Result<()> {
-    draw(report, base(&report.device)?, "")
+pub fn measure(report: &Report, references: &References) -> Result<()> {
+    draw(report, base(&report.device)?, "", references)
 }
 
 /// With the encoders of text and images on demand, from files in a folder.
-pub fn measure_lean(report: &Report, folder: &Path) -> anyhow::Result<()> {
+pub fn measure_lean(report: &Report, folder: &Path, references: &References) -> anyhow::Result<()> {
     let folder = tempfile::tempdir_in(folder)?;
-    Ok(draw(report, lean(&report.device, folder.path())?, ", encoders on demand")?)
+    Ok(draw(report, lean(&report.device, folder.path())?, ", encoders on demand", references)?)
 }
 
-fn draw(report: &Report, base: Base, how: &str) -> Result<()> {
+fn draw(report: &Report, base: Base, how: &str, references: &References) -> Result<()> {
     let device = report.device.clone();
     let weights = Weights::random(DType::BF16, &device);
     let encoder = FaceEncoder::load(&encoder_config(), &base.unet, &weights, &weights)?;
@@ -37,9 +43,15 @@ fn draw(report: &Report, base: Base, how: &str) -> Result<()> {
         ("personalise one picture, 50 steps, three-term guidance", Options::default(), 1),
         ("personalise one picture, 4 steps of LCM", Options::lcm(), 3),
     ] {
-        let what = format!("{what}{how}");
-        report
-            .line(&what, 0.0, repeats, || personalizer.generate_tensor(&reference, &prompts, &options).map(|_| ()))?;
+        let (steps, intervals) = (&references.steps, &references.intervals);
+        for (reference_steps, reference_interval) in
+            intervals.iter().flat_map(|interval| steps.iter().map(|steps| (*steps, *interval)))
+        {
+            let what = format!("{what}{how}, reference steps {reference_steps}, interval {reference_interval}");
+            let options = Options { reference_steps, reference_interval, ..options.clone() };
+            let draw = || personalizer.generate_tensor(&reference, &prompts, &options).map(|_| ());
+            report.line(&what, 0.0, repeats, draw)?;
+        }
     }
     Ok(())
 }

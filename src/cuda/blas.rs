@@ -8,11 +8,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
 use candle_core::cuda_backend::cudarc::cublaslt::sys;
-use candle_core::cuda_backend::cudarc::driver::result as driver;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
-use candle_core::{CudaDevice, DType, Tensor};
+use candle_core::{CudaDevice, DType};
 
-use super::{Buffer, HopperLinear, cuda_device, dtype_code, pointer};
+use super::{Buffer, HopperLinear, dtype_code};
 use crate::{Error, Result};
 
 /// A matrix on the GPU as a product reads it: `rows` by `columns` numbers, and how they are stored.
@@ -414,64 +413,4 @@ impl Launch<'_> {
 /// Whether running the product several times gives what running it once does.
 fn may_overwrite(product: &Gemm) -> bool {
     product.addend.is_none_or(|addend| !std::ptr::eq(addend, product.out))
-}
-
-/// `weight + scale * up . down`, in fresh memory: `weight` has as many rows as `up`, `(rows, rank)`; `down` has `rank`
-/// rows of the rest of the weight.
-pub(crate) fn add_low_rank(weight: &Tensor, up: &Tensor, down: &Tensor, scale: f64) -> Result<Tensor> {
-    stack_low_rank(weight, &[(weight, Some((up, down, scale)))])
-}
-
-/// A part of a weight, and the `up`, `down` and scale of what is added to it.
-pub(crate) type LowRankPart<'a> = (&'a Tensor, Option<(&'a Tensor, &'a Tensor, f64)>);
-
-/// The parts of a weight, which lie one after the other in it, each with its `scale * up . down` added where it has one;
-/// in fresh memory.
-pub(crate) fn stack_low_rank(whole: &Tensor, parts: &[LowRankPart<'_>]) -> Result<Tensor> {
-    let name = "merging a LoRA";
-    let device = cuda_device(name, whole)?;
-    let merged = Buffer::like(name, whole)?;
-    let mut start = 0;
-    for (weight, low_rank) in parts {
-        let out = merged.pointer().wrapping_byte_add(start);
-        let bytes = weight.elem_count() * weight.dtype().size_in_bytes();
-        start += bytes;
-        if start > whole.elem_count() * whole.dtype().size_in_bytes() {
-            return Err(Error::argument(name, "parts", "parts of the weight", "more than the weight"));
-        }
-        let Some((up, down, scale)) = low_rank else {
-            // SAFETY: part and destination are as many bytes, both alive on this stream.
-            unsafe {
-                driver::memcpy_dtod_async(
-                    out as u64,
-                    pointer(name, weight)? as u64,
-                    bytes,
-                    device.cuda_stream().cu_stream(),
-                )
-            }
-            .map_err(|error| Error::device(name, error.to_string()))?;
-            continue;
-        };
-        let (rows, rank) = (weight.dims()[0], down.dims()[0]);
-        let columns = weight.elem_count() / rows.max(1);
-        if up.elem_count() != rows * rank || down.elem_count() != rank * columns {
-            let expected = format!("up ({rows}, {rank}) and down ({rank}, {columns})");
-            return Err(Error::argument(name, "LoRA", expected, format!("{:?} and {:?}", up.dims(), down.dims())));
-        }
-        gemm(
-            &device,
-            &Gemm {
-                dtype: weight.dtype(),
-                left: Operand::new(pointer(name, up)?, rows, rank),
-                right: Operand::new(pointer(name, down)?, rank, columns),
-                scale: *scale as f32,
-                addend: Some(pointer(name, weight)?),
-                bias: None,
-                out,
-                out_dtype: weight.dtype(),
-                batch: (1, [0; 3]),
-            },
-        )?;
-    }
-    Ok(merged.into_tensor())
 }

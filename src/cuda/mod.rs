@@ -15,7 +15,7 @@ mod memory;
 mod reduce;
 mod upload;
 
-pub(crate) use blas::{Gemm, Operand, add_low_rank, gemm, stack_low_rank};
+pub(crate) use blas::{Gemm, Operand, gemm};
 pub(crate) use device::avoids;
 pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deterministic, synchronize, timed};
 pub use graph::Graph;

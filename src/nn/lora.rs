@@ -76,9 +76,13 @@ impl LoraLayer {
         let Some((up, down)) = self.mergeable(weight)? else { return Ok(None) };
         #[cfg(feature = "cuda")]
         if weight.device().is_cuda() {
-            return Ok(Some(crate::cuda::add_low_rank(weight, &up, &down, scale * self.scale)?));
+            let factors = ops::low_rank::Factors {
+                output: weight.dims().first().copied().unwrap_or(0),
+                low_rank: Some((down, up, scale * self.scale)),
+            };
+            return Ok(Some(ops::low_rank::merge(weight, &[factors])?));
         }
-        Ok(Some(ops::add_low_rank(weight, &up, &down, scale * self.scale)?))
+        Ok(Some(ops::add_low_rank(weight, up, down, scale * self.scale)?))
     }
 
     /// `down`, `up` and the scale of all in all, where they are the f32 factors of a linear layer on a GPU.
@@ -90,15 +94,15 @@ impl LoraLayer {
         (fits(&self.down) && fits(&self.up)).then_some((&self.down, &self.up, scale * self.scale))
     }
 
-    /// The factors `up` and `down`, in the dtype of a weight, where both they and the weight are frozen.
-    pub(super) fn mergeable(&self, weight: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+    /// The factors `up` and `down`, where both they and the weight are frozen.
+    pub(super) fn mergeable(&self, weight: &Tensor) -> Result<Option<(&Tensor, &Tensor)>> {
         if [weight, &self.down, &self.up].iter().any(|tensor| tensor.track_op()) {
             return Ok(None);
         }
         if weight.rank() != self.down.rank() {
             return Err(wrong_kind(&self.path, "a LoRA of the layer's kind", "one of another"));
         }
-        Ok(Some((like(&self.up, weight)?.into_owned(), like(&self.down, weight)?.into_owned())))
+        Ok(Some((&self.up, &self.down)))
     }
 }
 

@@ -7,7 +7,7 @@ use super::lora::Loras;
 use crate::Result;
 use crate::ops;
 #[cfg(feature = "cuda")]
-use crate::ops::low_rank::{Factors, linear_low_rank};
+use crate::ops::low_rank::{Factors, linear_low_rank, merge};
 
 /// Frozen linear layers whose weights, and biases where they have them, lie one after the other in memory, so that one
 /// product makes all their outputs, side by side. The layers themselves stay usable: their weights are parts of the
@@ -67,20 +67,43 @@ impl StackedLinear {
     }
 
     /// `x`: `(..., input)` to one output for each of `parts` equal parts of the stack, each `(..., its outputs)` and
-    /// contiguous. `None` where a layer has a bias or a LoRA, or a gradient has to come back to `x`.
+    /// contiguous. `None` where a layer has a bias, several LoRA sets or a trainable one, or a gradient has to come back
+    /// to `x`.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the product fails.
     pub fn forward_parts(&self, x: &Tensor, parts: usize, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
-        let plain = self.bias.is_none() && self.layers.iter().all(|(path, _)| loras.at(path).next().is_none());
         #[cfg(feature = "cuda")]
-        if plain && !x.track_op() && x.dtype() == self.weight.dtype() && x.dims().last() == self.weight.dims().last() {
-            let outputs = crate::ops::linear_products(x, &self.weight, parts)?;
+        if self.bias.is_none()
+            && !x.track_op()
+            && x.dtype() == self.weight.dtype()
+            && x.dims().last() == self.weight.dims().last()
+        {
+            let Some(weight) = self.adapted(loras)? else { return Ok(None) };
+            let outputs = crate::ops::linear_products(x, &weight, parts)?;
             let part = |i| outputs.narrow(0, i, 1)?.squeeze(0);
             return Ok(Some((0..parts).map(part).collect::<candle_core::Result<_>>()?));
         }
-        let _ = (x, parts, plain);
+        let _ = (x, parts, loras);
         Ok(None)
+    }
+
+    /// `x`: `(..., input)` to one output for each layer, each `(..., its outputs)`, with the LoRA sets that have an entry
+    /// for a layer added; `None` where a layer has several, or a trainable one.
+    ///
+    /// # Errors
+    /// Those of [`ops::linear`].
+    pub fn forward_each(&self, x: &Tensor, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
+        let Some(weight) = self.adapted(loras)? else { return Ok(None) };
+        let mut outputs = Vec::with_capacity(self.layers.len());
+        let mut start = 0;
+        for (_, layer) in &self.layers {
+            let rows = layer.dim(0)?;
+            let bias = self.bias.as_ref().map(|bias| bias.narrow(0, start, rows)).transpose()?;
+            outputs.push(ops::linear(x, &weight.narrow(0, start, rows)?, bias.as_ref())?);
+            start += rows;
+        }
+        Ok(Some(outputs))
     }
 
     /// `x`: `(..., input)` to `(..., sum of the outputs)`, with the LoRA sets that have an entry for a layer added;
@@ -89,11 +112,7 @@ impl StackedLinear {
     /// # Errors
     /// Those of [`ops::linear`].
     pub fn forward(&self, x: &Tensor, loras: &Loras) -> Result<Option<Tensor>> {
-        if self.layers.iter().all(|(path, _)| loras.at(path).next().is_none()) {
-            return Ok(Some(ops::linear(x, &self.weight, self.bias.as_ref())?));
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(weight) = self.merged(loras)? {
+        if let Some(weight) = self.adapted(loras)? {
             return Ok(Some(ops::linear(x, &weight, self.bias.as_ref())?));
         }
         #[cfg(feature = "cuda")]
@@ -121,25 +140,31 @@ impl StackedLinear {
     }
 
     /// The stack with the LoRA layers added; `None` where a layer has several, or a trainable one.
+    fn adapted(&self, loras: &Loras) -> Result<Option<Tensor>> {
+        if self.layers.iter().all(|(path, _)| loras.at(path).next().is_none()) {
+            return Ok(Some(self.weight.clone()));
+        }
+        #[cfg(feature = "cuda")]
+        return self.merged(loras);
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
+    }
+
     #[cfg(feature = "cuda")]
     fn merged(&self, loras: &Loras) -> Result<Option<Tensor>> {
-        let mut parts = Vec::with_capacity(self.layers.len());
+        let mut layers = Vec::with_capacity(self.layers.len());
         for (path, weight) in &self.layers {
             let mut found = loras.at(path);
-            let part = match (found.next(), found.next()) {
+            let low_rank = match (found.next(), found.next()) {
                 (None, _) => None,
                 (Some((layer, scale)), None) => match layer.mergeable(weight)? {
-                    Some((up, down)) => Some((up, down, scale * layer.scale)),
+                    Some((up, down)) => Some((down, up, scale * layer.scale)),
                     None => return Ok(None),
                 },
                 _ => return Ok(None),
             };
-            parts.push((weight, part));
+            layers.push(Factors { output: weight.dims()[0], low_rank });
         }
-        let parts: Vec<_> = parts
-            .iter()
-            .map(|(weight, part)| (*weight, part.as_ref().map(|(up, down, scale)| (up, down, *scale))))
-            .collect();
-        crate::cuda::stack_low_rank(&self.weight, &parts).map(Some)
+        merge(&self.weight, &layers).map(Some)
     }
 }

@@ -6,67 +6,20 @@ use std::path::Path;
 use candle_core::Tensor;
 use image::RgbImage;
 
-use super::Reference;
 use super::guidance::{Branch, Guidance, ReferenceText};
+use super::reference_key_values::ReferenceKeyValues;
+use super::{Options, Reference};
 use crate::autograd::on_pool;
 use crate::data::{Crop, from_tensor, resize_and_crop, to_tensor};
 use crate::formats::EncoderFile;
 use crate::lookahead::{Base, FaceEncoder, FaceEncoderConfig, KvEncoderConfig, PreviewForm, preview};
 use crate::models::resampler;
-use crate::models::unet::{Conditioning, FreeU, ImageTokens, KeyValues, Pass};
+use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::{Loras, Weights};
 use crate::random::Address;
 use crate::schedule::SamplerKind;
 use crate::train::{Checkpoint, TrainConfig};
 use crate::{Error, Result, ops};
-
-/// How pictures are sampled.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Options {
-    /// Seed of the initial noise. Pictures of one call differ by their place in it.
-    pub seed: u64,
-    /// Number of denoising steps.
-    pub steps: usize,
-    /// The sampler. With [`SamplerKind::Lcm`] the LCM-LoRA is on and 4 steps suffice.
-    pub sampler: SamplerKind,
-    /// The guidance.
-    pub guidance: Guidance,
-    /// Weight of the image tokens (`adapter_attention_scale`).
-    pub adapter_scale: f64,
-    /// The prompt that describes the reference photograph to the KV encoder; "a photo of a face" in the paper.
-    pub encoder_prompt: String,
-    /// Whether the KV path is used, where the encoder has one.
-    pub use_reference: bool,
-    /// Whether the conditioning latents are noised to the timestep before they enter the KV encoder (as in training).
-    pub noisy_encoder_input: bool,
-    /// FreeU in the denoiser (not in the KV encoder). The paper's authors switch it on for their published pictures
-    /// ([`FreeU::official`]).
-    pub freeu: Option<FreeU>,
-}
-
-impl Default for Options {
-    /// 50 steps of DPM-Solver++(2M) with the official three-term guidance.
-    fn default() -> Self {
-        Options {
-            seed: 0,
-            steps: 50,
-            sampler: SamplerKind::DpmSolverPlusPlus,
-            guidance: Guidance::official(),
-            adapter_scale: 1.0,
-            encoder_prompt: "a photo of a face".into(),
-            use_reference: true,
-            noisy_encoder_input: true,
-            freeu: None,
-        }
-    }
-}
-
-impl Options {
-    /// 4 steps of LCM sampling, without guidance.
-    pub fn lcm() -> Self {
-        Options { steps: 4, sampler: SamplerKind::Lcm, guidance: Guidance::None, ..Self::default() }
-    }
-}
 
 /// Draws a person in any scene or style, from one photograph.
 #[derive(Clone)]
@@ -200,8 +153,9 @@ impl Personalizer {
     /// one in the prompt's place ([`Reference::select`]).
     ///
     /// # Errors
-    /// [`Error::Argument`] for a number of steps the sampler cannot take, or where the reference has neither one
-    /// photograph nor one for each prompt; those of the networks.
+    /// [`Error::Argument`] for a number of steps the sampler cannot take, where [`Options::reference_steps`] or
+    /// [`Options::reference_interval`] is 0, or where the reference has neither one photograph nor one for each prompt;
+    /// those of the networks.
     pub fn generate(&self, reference: &Reference, prompts: &[String], options: &Options) -> Result<Vec<RgbImage>> {
         let images = self.generate_tensor(reference, prompts, options)?;
         (0..prompts.len()).map(|i| from_tensor(&images.get(i)?)).collect()
@@ -215,6 +169,7 @@ impl Personalizer {
         if prompts.is_empty() {
             return Err(Error::argument("Personalizer::generate", "prompts", "at least one", "none"));
         }
+        options.validate()?;
         on_pool(&self.base.device, || self.generate_here(reference, prompts, options))
     }
 
@@ -230,11 +185,15 @@ impl Personalizer {
         let conditions = self.conditions(reference, prompts, options, noise.clone())?;
         let mut sampler = options.sampler.build(&base.schedule, options.steps)?;
         let mut latents = (noise * sampler.init_noise_sigma())?;
-        for (i, timestep) in sampler.timesteps().to_vec().into_iter().enumerate() {
-            let input = sampler.scale_model_input(&latents, i)?;
-            let prediction = self.predict(&conditions, &ops::cast(&input, base.dtype)?, timestep, options)?;
+        let timesteps = sampler.timesteps().to_vec();
+        let mut references = ReferenceKeyValues::new(&timesteps, conditions.references(), options);
+        for (i, timestep) in timesteps.into_iter().enumerate() {
+            let input = ops::cast(&sampler.scale_model_input(&latents, i)?, base.dtype)?;
+            let reference = references.at(i, |timesteps| self.key_values(&conditions, timesteps, options))?;
+            let prediction = self.predict(&conditions, &input, timestep, reference, options)?;
             latents = sampler.step(&ops::widen(&prediction)?, i, &latents, noise_address)?;
         }
+        drop(references);
         base.decoder.decode(&ops::cast(&latents, base.dtype)?)
     }
 
@@ -278,7 +237,8 @@ impl Personalizer {
         let latents = base.schedule.add_noise(&clean, &noise, &timesteps)?;
         let lcm = Options { sampler: SamplerKind::Lcm, guidance: Guidance::None, ..options.clone() };
         let conditions = self.conditions(reference, prompts, &lcm, noise)?;
-        let prediction = self.predict(&conditions, &latents, timestep, &lcm)?;
+        let key_values = self.key_values(&conditions, &[timestep], &lcm)?;
+        let prediction = self.predict(&conditions, &latents, timestep, key_values, &lcm)?;
         let form = PreviewForm::Equation3;
         base.preview_decoder.decode(&preview(&base.schedule, &latents, &prediction, &timesteps, form)?)
     }
@@ -327,23 +287,34 @@ impl Personalizer {
         })
     }
 
-    /// The reference's keys and values at a timestep, of the branches that look at it, which are the first ones; `None`
-    /// where no branch does.
-    fn key_values(&self, conditions: &Conditions, timestep: usize, options: &Options) -> Result<Option<KeyValues>> {
+    /// The reference's keys and values at some timesteps, one timestep after the other in the batch: at each those of the
+    /// branches that look at it, which are the first ones. `None` where no branch does.
+    fn key_values(&self, conditions: &Conditions, timesteps: &[usize], options: &Options) -> Result<Option<KeyValues>> {
         let (Some(kv_encoder), Some(text)) = (self.encoder.kv_encoder(), &conditions.encoder_text) else {
             return Ok(None);
         };
-        let base = &self.base;
-        let timesteps = vec![timestep; text.batch()];
+        let (base, count) = (&self.base, timesteps.len());
+        let of_each = |tensor: &Tensor| Tensor::cat(&vec![tensor; count], 0);
+        let text = Conditioning::cat(&vec![text; count])?;
+        let timesteps: Vec<usize> =
+            timesteps.iter().flat_map(|timestep| std::iter::repeat_n(*timestep, conditions.references())).collect();
+        let latents = of_each(&conditions.reference_latents)?;
         let latents = match options.noisy_encoder_input {
             // The same noise at every step, the one the picture starts from (official pipeline).
-            true => base.schedule.add_noise(&conditions.reference_latents, &conditions.noise, &timesteps)?,
-            false => conditions.reference_latents.clone(),
+            true => base.schedule.add_noise(&latents, &of_each(&conditions.noise)?, &timesteps)?,
+            false => latents,
         };
-        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, text, false)?))
+        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, &text, false)?))
     }
 
-    fn predict(&self, conditions: &Conditions, latents: &Tensor, timestep: usize, options: &Options) -> Result<Tensor> {
+    fn predict(
+        &self,
+        conditions: &Conditions,
+        latents: &Tensor,
+        timestep: usize,
+        reference: Option<KeyValues>,
+        options: &Options,
+    ) -> Result<Tensor> {
         let base = &self.base;
         let batch = latents.dim(0)?;
         let loras = match options.sampler {
@@ -353,7 +324,7 @@ impl Personalizer {
         let sees = |branch: &Branch| std::iter::repeat_n(branch.reference.is_some(), batch);
         let pass = Pass {
             loras,
-            reference: self.key_values(conditions, timestep, options)?,
+            reference,
             sees_reference: Some(conditions.branches.iter().flat_map(sees).collect()),
             image_tokens: Some(conditions.image.clone()),
             freeu: options.freeu,
@@ -378,6 +349,13 @@ struct Conditions {
     encoder_text: Option<Conditioning>,
     reference_latents: Tensor,
     noise: Tensor,
+}
+
+impl Conditions {
+    /// How many samples the KV encoder takes for one step.
+    fn references(&self) -> usize {
+        self.encoder_text.as_ref().map_or(0, Conditioning::batch)
+    }
 }
 
 /// The shape of the encoder that a training configuration asks for.

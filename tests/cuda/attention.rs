@@ -1,9 +1,10 @@
 //! Attention over one and two sources, and to text and image tokens.
 
+use candle_core::{DType, Tensor};
 use lcm_lookahead::ops::{self, Mask};
 use lcm_lookahead::{Result, cuda};
 
-use crate::{compare, random};
+use crate::{compare, error, gpu, random};
 
 #[test]
 fn cross_attention_to_text_and_image_tokens_equals_the_cpu() -> Result<()> {
@@ -39,6 +40,31 @@ fn samples_without_the_reference_equal_the_cpu() -> Result<()> {
     compare("attention where", &inputs, |t| {
         ops::attention_where(&t[0], (&t[1], &t[2]), (&t[3], &t[4]), &[false, true, false], 2)
     })
+}
+
+#[test]
+fn a_reference_is_read_where_it_lies_among_those_of_other_steps() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let sees = [true, true, false, false];
+    for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 1e-2)] {
+        let rounded = |name, shape: &[usize]| -> Result<Tensor> { Ok(random(name, shape).to_dtype(dtype)?) };
+        let packed = rounded("packed", &[4, 70, 3 * 128])?;
+        let all = [rounded("k2", &[6, 50, 128])?, rounded("v2", &[6, 50, 128])?];
+        let attend = |packed: &Tensor, all: &[Tensor; 2], start: usize| -> Result<Tensor> {
+            let [keys, values] = all.each_ref().map(|all| all.narrow(0, start, 2));
+            ops::attention_packed(packed, Some((&keys?, &values?)), Some(&sees), 2)
+        };
+        let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let moved = |t: &Tensor| t.to_device(&device).unwrap();
+        for start in [0, 2, 4] {
+            let expected = attend(&exact(&packed), &all.each_ref().map(exact), start)?;
+            let found = attend(&moved(&packed), &all.each_ref().map(moved), start)?;
+            let error = error(&found, &expected);
+            println!("reference from {start} {dtype:?}: {error:.2e}");
+            assert!(error < limit, "reference from {start} {dtype:?}: error {error:.2e}, limit {limit:.0e}");
+        }
+    }
+    Ok(())
 }
 
 #[test]

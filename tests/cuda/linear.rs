@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{DType, Device, Tensor, Var};
 use lcm_lookahead::Result;
 use lcm_lookahead::autograd::gradients;
-use lcm_lookahead::nn::{Linear, LoraSet, Loras, Parameters, StackedLinear, Weights};
+use lcm_lookahead::nn::{Conv2d, Linear, LoraSet, Loras, Parameters, StackedLinear, Weights};
 use lcm_lookahead::ops::{self, Addends};
 use lcm_lookahead::random::Address;
 
@@ -100,6 +100,127 @@ fn layers_with_a_trainable_lora_equal_the_cpu() -> Result<()> {
                     "{size:?} {layers:?} {dtype:?}, tensor {i} differs between runs"
                 );
             }
+        }
+    }
+    Ok(())
+}
+
+/// Frozen layers of one input, each with a frozen LoRA of a rank, which may be 0, whose factors have a dtype of their own.
+fn frozen_layers(
+    (dtype, factors, device): (DType, DType, &Device),
+    input: usize,
+    layers: &[(usize, usize)],
+) -> Result<(Vec<Linear>, Loras)> {
+    // Exact in every dtype compared.
+    let exact = |t: Tensor, dtype: DType| t.to_dtype(DType::BF16)?.to_dtype(dtype)?.to_device(device);
+    let (mut weights, mut loras) = (HashMap::new(), Loras::none());
+    for (i, (output, rank)) in layers.iter().enumerate() {
+        weights.insert(format!("{i}.weight"), exact((random("w", &[*output, input]) * 0.1)?, dtype)?);
+        if *rank > 0 {
+            let mut tensors = HashMap::new();
+            for (name, shape) in [("lora_A", [*rank, input]), ("lora_B", [*output, *rank])] {
+                let value = Address::new(11, name).sample(i).normal(&shape[..], DType::F64, &Device::Cpu)?;
+                tensors.insert(format!("{i}.{name}.weight"), exact((value * 0.3)?, factors)?);
+            }
+            let shapes = BTreeMap::from([(i.to_string(), vec![*output, input])]);
+            loras = loras.with(&LoraSet::load(&shapes, *rank, &Weights::frozen("LoRA", tensors))?, 0.5 + i as f64);
+        }
+    }
+    let weights = Weights::frozen("test", weights);
+    let layers = layers.iter().enumerate().map(|(i, (output, _))| Linear::load(input, *output, false, &weights.pp(i)));
+    Ok((layers.collect::<Result<_>>()?, loras))
+}
+
+/// The largest error of a number as a part of the number, beyond the errors of f32 in sums whose terms cancel.
+fn worst_relative_error(found: &Tensor, expected: &Tensor) -> Result<f64> {
+    let found = found.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let beyond = ((found - expected)?.abs()? - 1e-5)?;
+    let errors = (beyond / (expected.abs()? + 1e-30)?)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(errors.into_iter().fold(0.0, |worst, error| if error.is_nan() { f64::INFINITY } else { worst.max(error) }))
+}
+
+#[test]
+fn weights_with_a_frozen_lora_added_are_rounded_once() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    let cases: [(usize, &[(usize, usize)]); 9] = [
+        (64, &[(96, 4)]),
+        (128, &[(64, 4), (64, 4), (64, 4)]),
+        (72, &[(40, 4), (8, 0), (104, 3)]),
+        (40, &[(24, 5), (44, 16), (9, 1)]),
+        // More layers than a launch takes, odd widths, a row of several blocks of threads.
+        (64, &[(16, 4), (8, 4), (24, 0), (16, 2), (16, 4), (8, 1)]),
+        (35, &[(21, 4), (10, 2)]),
+        (2048, &[(24, 4), (24, 4)]),
+        // Larger ranks, which are matrix products.
+        (64, &[(32, 20)]),
+        (64, &[(32, 20), (16, 0), (32, 4)]),
+    ];
+    for (input, layers) in cases {
+        // What the identity is mapped to are the weights.
+        let identity = |dtype, device: &Device| Tensor::eye(input, DType::F32, device)?.to_dtype(dtype)?.unsqueeze(0);
+        let (exact, loras) = frozen_layers((DType::F64, DType::F64, &Device::Cpu), input, layers)?;
+        let x = identity(DType::F64, &Device::Cpu)?;
+        let expected = exact.iter().map(|layer| layer.forward_adapted(&x, &loras)).collect::<Result<Vec<_>>>()?;
+        let by_kernel = layers.iter().all(|(_, rank)| *rank <= 16);
+        // Half a unit in the last place, as a part of the number.
+        for (dtype, limit) in [(DType::F32, 0.0), (DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)] {
+            let narrow = (dtype != DType::F32).then_some(dtype);
+            // Products take factors of the weights' dtype only.
+            let wide = (dtype == DType::F32 || by_kernel).then_some(DType::F32);
+            for factors in narrow.into_iter().chain(wide) {
+                let (mut frozen, loras) = frozen_layers((dtype, factors, &device), input, layers)?;
+                let x = identity(dtype, &device)?;
+                let alone = frozen.iter().map(|layer| layer.forward_adapted(&x, &loras)).collect::<Result<Vec<_>>>()?;
+                let stacked = StackedLinear::new(&mut frozen.iter_mut().collect::<Vec<_>>())?.expect("frozen layers");
+                let together = stacked.forward(&x, &loras)?.expect("frozen LoRA");
+                let each = stacked.forward_each(&x, &loras)?.expect("frozen LoRA");
+                let mut start = 0;
+                for (i, ((alone, each), expected)) in alone.iter().zip(&each).zip(&expected).enumerate() {
+                    let what = format!("LoRA {input} {layers:?} {dtype:?}, factors {factors:?}, layer {i}");
+                    let part = together.narrow(2, start, layers[i].0)?;
+                    start += layers[i].0;
+                    for (how, found) in [("alone", alone), ("each", each), ("together", &part)] {
+                        let worst = worst_relative_error(found, expected)?;
+                        let norm = error(found, expected);
+                        println!("{what} {how}: worst {worst:.2e}, {norm:.2e}");
+                        assert!(norm < 1e-6 + 0.5 * limit, "{what} {how}: {norm:.2e}");
+                        assert!(worst < 1e-6 + 1.001 * limit, "{what} {how}: worst {worst:.2e}");
+                    }
+                }
+                if layers.iter().all(|(output, _)| *output == layers[0].0) {
+                    let parts = stacked.forward_parts(&x, layers.len(), &loras)?.expect("frozen LoRA");
+                    for (part, alone) in parts.iter().zip(&alone) {
+                        assert_eq!(error(part, alone), 0.0, "{input} {layers:?} {dtype:?}: parts");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_frozen_lora_of_a_convolution_equals_the_cpu() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    for (rank, input, output) in [(4, 16, 24), (3, 5, 7), (20, 16, 24)] {
+        let run = |dtype, device: &Device| -> Result<Tensor> {
+            let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(dtype)?.to_device(device);
+            let named = |name: &str, shape: &[usize]| -> Result<(String, Tensor)> {
+                Ok((format!("conv.{name}"), exact((random("w", shape) * 0.2)?)?))
+            };
+            let weights = HashMap::from([named("weight", &[output, input, 3, 3])?]);
+            let (down, up) = ([rank, input, 3, 3], [output, rank, 1, 1]);
+            let lora = HashMap::from([named("lora_A.weight", &down)?, named("lora_B.weight", &up)?]);
+            let shapes = BTreeMap::from([("conv".to_string(), vec![output, input, 3, 3])]);
+            let set = LoraSet::load(&shapes, rank, &Weights::frozen("LoRA", lora))?;
+            let conv = Conv2d::load(input, output, 3, 1, 1, false, &Weights::frozen("test", weights).pp("conv"))?;
+            conv.forward_adapted(&exact(random("x", &[2, 6, 7, input]))?, &Loras::one(&set, 0.7))
+        };
+        let expected = run(DType::F64, &Device::Cpu)?;
+        for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
+            let error = error(&run(dtype, &device)?, &expected);
+            println!("LoRA of a convolution {rank} {input} {output} {dtype:?}: {error:.2e}");
+            assert!(error < limit, "{rank} {input} {output} {dtype:?}: {error:.2e}");
         }
     }
     Ok(())

@@ -77,6 +77,16 @@ impl Attention {
         ops::cross_attention(&query, (&key, &value), image, self.heads)
     }
 
+    /// Keys and values of self-attention that go out of it, so that they are tensors of their own.
+    fn exported_key_value(&self, x: &Tensor, loras: &Loras) -> Result<(Tensor, Tensor)> {
+        if let Some(stacked) = &self.stacked
+            && let Some([key, value]) = stacked.part(1, 2)?.forward_each(x, loras)?.as_deref()
+        {
+            return Ok((key.clone(), value.clone()));
+        }
+        self.key_value(x, loras)
+    }
+
     fn key_value(&self, x: &Tensor, loras: &Loras) -> Result<(Tensor, Tensor)> {
         Ok((self.to_k.forward_adapted(x, loras)?, self.to_v.forward_adapted(x, loras)?))
     }
@@ -127,8 +137,8 @@ impl TransformerBlock {
             None => normed,
         };
         match &recording.projections {
-            Some(projections) => self.attn1.key_value(normed, &Loras::one(projections, 1.0)),
-            None => self.attn1.key_value(normed, &pass.loras),
+            Some(projections) => self.attn1.exported_key_value(normed, &Loras::one(projections, 1.0)),
+            None => self.attn1.exported_key_value(normed, &pass.loras),
         }
     }
 

@@ -46,8 +46,8 @@ template <typename T> __global__ void pack(LcmLowRank a, int64_t elements) {
   if (element >= elements) return;
   const Place place = place_of(a, element);
   const float value = place.factor < 0    ? 0.f
-                      : place.factor == 0 ? a.down[place.layer][place.index]
-                                          : a.scale[place.layer] * a.up[place.layer][place.index];
+                      : place.factor == 0 ? static_cast<const float *>(a.down[place.layer])[place.index]
+                                          : a.scale[place.layer] * static_cast<const float *>(a.up[place.layer])[place.index];
   const int64_t downs = int64_t(a.width) * a.input;
   (element < downs ? static_cast<T *>(a.down_all) + element : static_cast<T *>(a.up_all) + (element - downs))[0] = from_float<T>(value);
 }
@@ -81,7 +81,7 @@ template <typename T> int launch(const LcmLowRank &a, bool forward, cudaStream_t
 }
 
 int dispatch(const LcmLowRank *call, bool forward, cudaStream_t stream) {
-  if (call->count < 1 || call->count > LCM_LOW_RANK_LAYERS) return -1;
+  if (call->count < 1 || call->count > LCM_LOW_RANK_LAYERS || call->factor_dtype != 0) return -1;
   switch (call->dtype) {
   case 0: return launch<float>(*call, forward, stream);
   case 1: return launch<__nv_bfloat16>(*call, forward, stream);

@@ -1,7 +1,8 @@
 // Low-rank updates of frozen layers that share their input: y = x (weight + scale * up down)^T, layer below layer.
 //
-// dtype of weight, x and gradient: 0 = f32, 1 = bf16, 2 = f16; the factors and their gradients are f32. All functions
-// return 0, a cudaError_t, or -1 where the shapes or the dtype are none they take.
+// dtype of weight, x and gradient: 0 = f32, 1 = bf16, 2 = f16; the gradients of the factors are f32, and so are the
+// factors but where a function says otherwise. All functions return 0, a cudaError_t, or -1 where the shapes or the dtype
+// are none they take.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <stddef.h>
@@ -10,13 +11,14 @@
 enum { LCM_LOW_RANK_LAYERS = 4 };
 
 typedef struct {
-  const float *down[LCM_LOW_RANK_LAYERS]; // (rank, input) each
-  const float *up[LCM_LOW_RANK_LAYERS];   // (output, rank) each
+  const void *down[LCM_LOW_RANK_LAYERS]; // (rank, input) each
+  const void *up[LCM_LOW_RANK_LAYERS];   // (output, rank) each
   float *down_gradient[LCM_LOW_RANK_LAYERS], *up_gradient[LCM_LOW_RANK_LAYERS]; // like the factors; null: not wanted
   float scale[LCM_LOW_RANK_LAYERS];
   int32_t rank[LCM_LOW_RANK_LAYERS]; // 0: a layer without factors
   int32_t output[LCM_LOW_RANK_LAYERS];
   int32_t count, input, width, dtype; // layers; columns of down; width of the matrices below
+  int32_t factor_dtype;               // f32, or the dtype of the weight
   int64_t tokens;                     // rows of x and gradient
   // For merging and the gradients.
   const void *weight;   // (sum of the outputs, input)
@@ -35,7 +37,8 @@ extern "C" {
 #endif
 // Numbers, of the dtype, in narrow_factors; 0 where lcm_low_rank_gradients does not take the shapes or the dtype.
 size_t lcm_low_rank_narrow_factors(const LcmLowRank *);
-// Writes merged = weight + scale * up down, and narrow_factors.
+// Writes merged = weight + scale * up down, and narrow_factors. Takes factors of the weight's dtype too, where
+// narrow_factors is null.
 int lcm_low_rank_merge(const LcmLowRank *, cudaStream_t);
 
 // Bytes of the workspace of:

@@ -1,10 +1,12 @@
-// The weight of layers with their low-rank updates added to it, and the factors in the layers' own dtype.
+// The weight of layers with their low-rank updates added to it, and the factors in the layers' own dtype. Trainable
+// factors are f32, frozen ones may come in the layers' dtype.
 //
 // Bound by memory: the weight is read and written once. A thread makes V adjacent columns of kRows rows, so that it
 // reads each of its numbers of `down` once for all of those rows; `up` comes from the first-level cache, as the threads
 // of a warp want the same numbers of it. Sums in f32 on top of the weight, in the order of the ranks, rounded once.
 #include "../elements.cuh"
 #include "narrow.h"
+#include <type_traits>
 
 namespace {
 
@@ -24,7 +26,7 @@ __device__ void copy_factors(const LcmLowRank &call, int64_t element) {
       int row = int(element / call.input);
       for (int layer = 0; layer < call.count; layer++) {
         if (row < call.rank[layer]) {
-          const float *from = call.down[layer] + int64_t(row) * call.input + element % call.input;
+          const float *from = static_cast<const float *>(call.down[layer]) + int64_t(row) * call.input + element % call.input;
 #pragma unroll
           for (int i = 0; i < V; i++) values[i] = from[i];
           break;
@@ -38,18 +40,28 @@ __device__ void copy_factors(const LcmLowRank &call, int64_t element) {
       const int rank = call.rank[layer], row = int(place / call.output[layer]), column = int(place % call.output[layer]);
       if (row < rank) {
 #pragma unroll
-        for (int i = 0; i < V; i++) values[i] = call.up[layer][int64_t(column + i) * rank + row];
+        for (int i = 0; i < V; i++) values[i] = static_cast<const float *>(call.up[layer])[int64_t(column + i) * rank + row];
       }
     }
     lcm::store<V>(static_cast<T *>(call.narrow_factors) + element, values);
   }
 }
 
-template <class T, int V>
+// V adjacent numbers of a factor, by accesses of 16 bytes where V says that they are aligned.
+template <int V, class F> __device__ __forceinline__ void load_factor(const F *from, float (&values)[V]) {
+  constexpr int kPack = V * sizeof(F) > 16 ? 16 / sizeof(F) : V;
+#pragma unroll
+  for (int v = 0; v < V; v += kPack) lcm::load(from + v, reinterpret_cast<float(&)[kPack]>(values[v]));
+}
+
+// Weights of type T, factors of type F.
+template <class T, class F, int V>
 __global__ void __launch_bounds__(kThreads) merge(const LcmLowRank call, int64_t merging) {
-  if (blockIdx.x >= merging) {
-    copy_factors<T, V>(call, (int64_t(blockIdx.x - merging) * kThreads + threadIdx.x) * V);
-    return;
+  if constexpr (std::is_same_v<F, float>) {
+    if (blockIdx.x >= merging) {
+      copy_factors<T, V>(call, (int64_t(blockIdx.x - merging) * kThreads + threadIdx.x) * V);
+      return;
+    }
   }
   const unsigned columns = call.input / V, thread = blockIdx.x * kThreads + threadIdx.x;
   int tile = int(thread / columns), layer = 0;
@@ -66,18 +78,16 @@ __global__ void __launch_bounds__(kThreads) merge(const LcmLowRank call, int64_t
     if (row + i < output) lcm::load<V>(weight + int64_t(i) * call.input, sums[i]);
   }
   const float scale = call.scale[layer];
-  const float *down = call.down[layer] + column, *up = call.up[layer] + int64_t(row) * rank;
+  const F *down = static_cast<const F *>(call.down[layer]) + column;
+  const F *up = static_cast<const F *>(call.up[layer]) + int64_t(row) * rank;
 #pragma unroll 4
   for (int r = 0; r < rank; r++) {
     float factor[V];
-#pragma unroll
-    for (int v = 0; v < V; v += V < 4 ? 1 : 4) {
-      lcm::load(down + int64_t(r) * call.input + v, reinterpret_cast<float(&)[V < 4 ? 1 : 4]>(factor[v]));
-    }
+    load_factor<V>(down + int64_t(r) * call.input, factor);
 #pragma unroll
     for (int i = 0; i < kRows; i++) {
       if (row + i >= output) break;
-      const float left = scale * up[i * rank + r];
+      const float left = scale * float(up[i * rank + r]);
 #pragma unroll
       for (int v = 0; v < V; v++) sums[i][v] = fmaf(left, factor[v], sums[i][v]);
     }
@@ -96,6 +106,7 @@ extern "C" size_t lcm_low_rank_narrow_factors(const LcmLowRank *call) {
 
 extern "C" int lcm_low_rank_merge(const LcmLowRank *call, cudaStream_t stream) {
   if (call->count < 1 || call->count > LCM_LOW_RANK_LAYERS) return -1;
+  if (call->factor_dtype != 0 && (call->factor_dtype != call->dtype || call->narrow_factors)) return -1;
   bool wide = call->input % lcm::wide(call->dtype) == 0 && lcm::aligned(call->weight, call->merged);
   for (int i = 0; i < call->count; i++) wide = wide && lcm::aligned(call->down[i]);
   if (call->narrow_factors && !(wide && lcm::takes_narrow(*call))) return -1;
@@ -108,7 +119,8 @@ extern "C" int lcm_low_rank_merge(const LcmLowRank *call, cudaStream_t stream) {
     const int64_t numbers = call->narrow_factors ? lcm::narrow_up(*call, call->count) : 0;
     const int64_t blocks = merging + lcm::divide_up<int64_t>(numbers / V, kThreads);
     if (blocks * kThreads > 0xffffffffll) return -1;
-    merge<Element, V><<<unsigned(blocks), kThreads, 0, stream>>>(*call, merging);
+    if (call->factor_dtype == 0) merge<Element, float, V><<<unsigned(blocks), kThreads, 0, stream>>>(*call, merging);
+    else merge<Element, Element, V><<<unsigned(blocks), kThreads, 0, stream>>>(*call, merging);
     return lcm::launched();
   });
 }

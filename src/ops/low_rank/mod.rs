@@ -5,6 +5,7 @@
 //! the factors, which need nothing but `x` and the gradient of the output.
 
 mod gradients;
+mod merge;
 
 use std::ffi::c_void;
 
@@ -15,6 +16,7 @@ use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream};
 use crate::ops::linear::cuda::{matrix, product};
 use crate::ops::support::same_kind;
 use crate::{Error, Result};
+pub(crate) use merge::merge;
 
 /// Most layers that can be put together.
 const LAYERS: usize = 4;
@@ -23,11 +25,12 @@ const LAYERS: usize = 4;
 pub(crate) struct Factors<'a> {
     /// Width of its output.
     pub output: usize,
-    /// `down` `(rank, input)` and `up` `(output, rank)`, both f32, and a scale; `None` for a layer without factors.
+    /// `down` `(rank, input)` and `up` `(output, rank)` and a scale; `None` for a layer without factors.
     pub low_rank: Option<(&'a Tensor, &'a Tensor, f64)>,
 }
 
-/// `x (weight + scale * up down)^T + bias + residual`, for layers whose weights lie one below the other.
+/// `x (weight + scale * up down)^T + bias + residual`, for layers whose weights lie one below the other, and factors in
+/// f32.
 ///
 /// `x`: `(..., in)`; `weight`: `(sum of the outputs, in)`, frozen; `bias`: `(sum of the outputs,)`, frozen; `residual`:
 /// `(..., sum of the outputs)`. Gradients for `x`, the factors and `residual`.
@@ -123,6 +126,7 @@ struct Arguments {
     input: i32,
     width: i32,
     dtype: i32,
+    factor_dtype: i32,
     tokens: i64,
     weight: *const c_void,
     merged: *mut c_void,
@@ -143,11 +147,10 @@ unsafe extern "C" {
     fn lcm_low_rank_unpack(arguments: *const Arguments, stream: *mut c_void) -> i32;
 }
 
-impl LinearLowRank {
-    /// The arguments as far as they follow from the inputs.
-    fn arguments(&self, inputs: &[Tensor]) -> Result<Arguments> {
-        let (x, inner) = (&inputs[0], inputs[1].dims()[1]);
-        let mut arguments = Arguments {
+impl Arguments {
+    /// No layers, of an input width and a dtype, with factors in f32.
+    fn new(input: usize, dtype: i32) -> Self {
+        Arguments {
             down: [std::ptr::null(); LAYERS],
             up: [std::ptr::null(); LAYERS],
             down_gradient: [std::ptr::null_mut(); LAYERS],
@@ -155,11 +158,12 @@ impl LinearLowRank {
             scale: [0.0; LAYERS],
             rank: [0; LAYERS],
             output: [0; LAYERS],
-            count: self.layers.len() as i32,
-            input: inner as i32,
+            count: 0,
+            input: input as i32,
             width: 0,
-            dtype: dtype_code(NAME, x.dtype())?,
-            tokens: (x.elem_count() / inner.max(1)) as i64,
+            dtype,
+            factor_dtype: 0,
+            tokens: 0,
             weight: std::ptr::null(),
             merged: std::ptr::null_mut(),
             narrow_factors: std::ptr::null_mut(),
@@ -168,6 +172,18 @@ impl LinearLowRank {
             workspace: std::ptr::null_mut(),
             down_all: std::ptr::null_mut(),
             up_all: std::ptr::null_mut(),
+        }
+    }
+}
+
+impl LinearLowRank {
+    /// The arguments as far as they follow from the inputs.
+    fn arguments(&self, inputs: &[Tensor]) -> Result<Arguments> {
+        let (x, inner) = (&inputs[0], inputs[1].dims()[1]);
+        let mut arguments = Arguments {
+            count: self.layers.len() as i32,
+            tokens: (x.elem_count() / inner.max(1)) as i64,
+            ..Arguments::new(inner, dtype_code(NAME, x.dtype())?)
         };
         for (i, layer) in self.layers.iter().enumerate() {
             arguments.output[i] = layer.output as i32;
