@@ -21,7 +21,7 @@ mod output;
 mod tests;
 mod view;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::Tensor;
 
@@ -39,8 +39,7 @@ pub struct Backward<'a> {
     /// The inputs as `forward` got them: detached and contiguous. An input that [`Function::uses`] disclaimed has
     /// its shape and dtype, but neither values nor memory.
     pub inputs: &'a [Tensor],
-    /// The outputs; `None` where an output is no part of the loss (never for the output of a one-output function), or
-    /// where [`Function::uses`] disclaimed them.
+    /// The outputs, whether they are part of the loss or not; `None` for one that [`Function::uses`] disclaimed.
     pub outputs: &'a [Option<Tensor>],
     /// What `forward` saved.
     pub saved: &'a [Tensor],
@@ -68,8 +67,8 @@ impl Backward<'_> {
 pub enum Value {
     /// The input at a position.
     Input(usize),
-    /// The outputs.
-    Outputs,
+    /// The output at a position.
+    Output(usize),
 }
 
 /// A differentiable function of tensors.
@@ -176,7 +175,7 @@ fn tie(
         node,
         variables,
         leaves,
-        outputs: Mutex::new(vec![None; outputs.len()]),
+        outputs: OnceLock::new(),
         gradients: Mutex::new(vec![None; outputs.len()]),
         input_gradients: Mutex::new(Vec::new()),
     });
@@ -198,12 +197,13 @@ fn tie(
     let Some(token) = token else {
         return Ok(outputs.into_iter().map(Output::into_tensor).collect());
     };
-    outputs
-        .into_iter()
-        .enumerate()
-        .map(|(index, output)| {
-            let result = Mutex::new(Some(output.into_storage()?));
-            Ok(token.apply_op1(Release { shared: shared.clone(), index, result })?)
-        })
-        .collect()
+    let release = |(index, output): (usize, Output)| -> Result<Tensor> {
+        let result = Mutex::new(Some(output.into_storage()?));
+        Ok(token.apply_op1(Release { shared: shared.clone(), index, result })?)
+    };
+    let outputs = outputs.into_iter().enumerate().map(release).collect::<Result<Vec<_>>>()?;
+    // Detached they share their numbers, but do not hold on to the graph that holds on to them.
+    let read = |(index, output): (usize, &Tensor)| shared.node.uses_output(index).then(|| output.detach());
+    let _ = shared.outputs.set(outputs.iter().enumerate().map(read).collect());
+    Ok(outputs)
 }

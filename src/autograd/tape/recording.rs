@@ -95,8 +95,10 @@ pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor])
         return Ok(outputs.iter().map(Tensor::detach).collect());
     }
     let needs: Vec<bool> = ids.iter().map(Option::is_some).collect();
-    let wanted = function.uses(Value::Outputs, &needs);
-    let noted = outputs.iter().map(|output| (output.id(), wanted.then(|| output.detach()))).collect();
+    let wanted = |(index, output): (usize, &Tensor)| {
+        (output.id(), function.uses(Value::Output(index), &needs).then(|| output.detach()))
+    };
+    let noted = outputs.iter().enumerate().map(wanted).collect();
     let node = Node::new(function, detached, saved, needs);
     with_tape(|tape| tape.add(Note { node, inputs: ids, outputs: noted }));
     Ok(outputs)

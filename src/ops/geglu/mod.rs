@@ -44,6 +44,6 @@ impl Function for Geglu {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value != Value::Outputs
+        matches!(value, Value::Input(_))
     }
 }

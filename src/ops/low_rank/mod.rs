@@ -235,7 +235,7 @@ impl Function for LinearLowRank {
         match value {
             Value::Input(0) => needs[self.factors..].contains(&true),
             Value::Input(place) => place >= self.factors,
-            Value::Outputs => false,
+            Value::Output(_) => false,
         }
     }
 }
