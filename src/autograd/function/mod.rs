@@ -71,6 +71,15 @@ pub enum Value {
     Output(usize),
 }
 
+/// How a function comes by what it saves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Saves {
+    /// In [`Function::forward`], with the outputs; or it saves nothing.
+    WithOutputs,
+    /// Also by [`Function::save`], from the inputs at these positions.
+    Alone(Vec<usize>),
+}
+
 /// A differentiable function of tensors.
 pub trait Function: Send + Sync + 'static {
     /// A short name for error messages.
@@ -81,6 +90,29 @@ pub trait Function: Send + Sync + 'static {
     /// # Errors
     /// Where the inputs do not fit.
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward>;
+
+    /// The same where no backward pass will follow on this run: what it saves is not looked at. Worth having where the
+    /// outputs alone cost less.
+    ///
+    /// # Errors
+    /// Those of [`Function::forward`].
+    fn forward_alone(&self, inputs: &[Tensor]) -> Result<Forward> {
+        self.forward(inputs)
+    }
+
+    /// Whether what [`Function::forward`] saves can be had without the outputs.
+    fn saves(&self) -> Saves {
+        Saves::WithOutputs
+    }
+
+    /// What [`Function::forward`] saves, where [`Function::saves`] says that it can be had alone. The values of other
+    /// inputs than those named there are undefined, and they may not be contiguous.
+    ///
+    /// # Errors
+    /// Those of [`Function::forward`].
+    fn save(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        Ok(self.forward(inputs)?.saved)
+    }
 
     /// Computes the gradients of the inputs, one entry an input, each of the input's shape; `None` stands for zero.
     ///
@@ -135,7 +167,10 @@ pub(super) fn detach(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
 fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let needs: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
     let detached = detach(inputs)?;
-    let Forward { outputs, saved } = function.forward(&detached)?;
+    let Forward { outputs, saved } = match needs.contains(&true) {
+        true => function.forward(&detached)?,
+        false => function.forward_alone(&detached)?,
+    };
     let direct = leaves::active();
     let (leaves, tracked): (Vec<_>, Vec<_>) =
         inputs.iter().enumerate().filter(|(i, _)| needs[*i]).partition(|(_, input)| direct && input.is_variable());
