@@ -10,10 +10,11 @@ pub mod tape;
 mod taped;
 
 pub use check::{GradientCheck, check_gradients};
-pub use function::{Backward, Forward, Function, Output, Value, apply, apply_many};
+pub use function::{Backward, Forward, Function, Output, Saves, Value, apply, apply_many};
 pub(crate) use function::{View, apply_views, dense};
 pub(crate) use leaves::active as differentiates;
 pub use leaves::gradients;
+pub(crate) use recompute::recompute_needed;
 pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
 pub(crate) use stack::on_pool;
 pub use stack::with_large_stack;

@@ -7,7 +7,7 @@ use candle_core::{Tensor, Var};
 
 use super::function::{Backward, Forward, Function, Output, Value, apply_many};
 use super::leaves;
-use super::tape::{self, Discovery, Kept, Mode};
+use super::tape::{self, Discovery, Kept, Mode, Plan};
 use crate::{Error, Result};
 
 /// Runs a segment of a network without keeping its activations; they are computed again in the backward pass.
@@ -42,7 +42,7 @@ pub fn recompute<F>(inputs: &[&Tensor], segment: F) -> Result<Vec<Tensor>>
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {
-    run(inputs, false, segment)
+    run(inputs, (false, false), segment)
 }
 
 /// The same, but the results of expensive functions (those whose [`Function::keep`] says so: attention) are kept from
@@ -55,7 +55,22 @@ pub fn recompute_keeping<F>(inputs: &[&Tensor], segment: F) -> Result<Vec<Tensor
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {
-    run(inputs, true, segment)
+    run(inputs, (true, false), segment)
+}
+
+/// [`recompute`], or [`recompute_keeping`] where `keeps`, without what the backward pass does not read: the last layer of
+/// a segment, whose result is known from the first run, is not computed again.
+///
+/// The segment must run the same operations in the same order every time, and read numbers of its tensors through
+/// operations only: what it would copy to the host in the second run need not be there.
+///
+/// # Errors
+/// Those of the segment; in the backward pass also [`Error::Argument`] where the segment runs other operations.
+pub(crate) fn recompute_needed<F>(inputs: &[&Tensor], keeps: bool, segment: F) -> Result<Vec<Tensor>>
+where
+    F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
+    run(inputs, (keeps, true), segment)
 }
 
 /// How many segments the backward passes on this thread differentiated in which way.
@@ -76,34 +91,42 @@ pub fn recomputations() -> Recomputations {
     RECOMPUTATIONS.get()
 }
 
-fn run<F>(inputs: &[&Tensor], keeps: bool, segment: F) -> Result<Vec<Tensor>>
+fn run<F>(inputs: &[&Tensor], (keeps, plans): (bool, bool), segment: F) -> Result<Vec<Tensor>>
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {
     if tape::mode() == Mode::Discover {
         // The first run of a segment around this one: all of it will run again.
-        let inputs: Vec<Tensor> = inputs.iter().map(|input| tape::see(input)).collect();
-        return segment(&inputs);
+        return tape::nested(inputs, segment);
     }
-    let detached: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-    let (outputs, discovery) = tape::run_discovery(Discovery::keeping(keeps), || -> Result<Vec<Tensor>> {
+    let mut discovery = Discovery::new(keeps, plans);
+    let detached: Vec<Tensor> = inputs.iter().map(|input| discovery.input(input)).collect();
+    let (outputs, mut discovery) = tape::run_discovery(discovery, || -> Result<Vec<Tensor>> {
         Ok(segment(&detached)?.iter().map(tape::see).collect())
     });
     let outputs = outputs?;
+    let plan = discovery.plan();
     let Discovery { variables, off_tape, kept, .. } = discovery;
     if variables.is_empty() && !inputs.iter().any(|input| input.track_op()) {
-        return Ok(outputs);
+        return Ok(outputs.iter().map(Tensor::detach).collect());
     }
+    let on_tape = tape::mode() == Mode::Record;
+    let (first, outputs) = if on_tape { (Some(outputs), None) } else { (None, Some(outputs)) };
     let all: Vec<Tensor> = inputs.iter().map(|input| (*input).clone()).chain(variables).collect();
     let function = Segment {
         segment,
         all: all.clone(),
         input_count: inputs.len(),
         off_tape,
-        outputs: Mutex::new(Some(outputs)),
+        outputs: Mutex::new(outputs),
         kept: Mutex::new(if off_tape { Vec::new() } else { kept }),
+        plan,
     };
-    apply_many(function, &all.iter().collect::<Vec<_>>())
+    let all: Vec<&Tensor> = all.iter().collect();
+    match first {
+        Some(outputs) => tape::note_computed(Box::new(function), &all, outputs),
+        None => apply_many(function, &all),
+    }
 }
 
 struct Segment<F> {
@@ -117,6 +140,8 @@ struct Segment<F> {
     outputs: Mutex<Option<Vec<Tensor>>>,
     /// Results of expensive functions, until the first backward pass.
     kept: Mutex<Vec<Kept>>,
+    /// What a second run need not compute.
+    plan: Option<Plan>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -136,10 +161,11 @@ where
     fn on_tape(&self, gradients: &[Option<Tensor>]) -> Result<Option<Vec<Option<Tensor>>>> {
         let kept = std::mem::take(&mut *lock(&self.kept));
         let inputs = &self.all[..self.input_count];
-        let recording = match tape::record_with(inputs, self.variables(), kept, |x| (self.segment)(x)) {
-            Err(Error::OffTape { .. }) => return Ok(None),
-            other => other?,
-        };
+        let recording =
+            match tape::record_with(inputs, self.variables(), kept, self.plan.clone(), |x| (self.segment)(x)) {
+                Err(Error::OffTape { .. }) => return Ok(None),
+                other => other?,
+            };
         let (gradients, rest) = recording.backward(gradients)?.into_parts(self.variables());
         match rest {
             0 => Ok(Some(gradients)),

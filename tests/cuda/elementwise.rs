@@ -1,7 +1,8 @@
 //! Norms, activations, changes of size, and other operations that move memory.
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use lcm_lookahead::Result;
+use lcm_lookahead::autograd::recompute;
 use lcm_lookahead::ops::{self, Activation, TokenSelection};
 
 use crate::{compare, gpu, random};
@@ -14,6 +15,15 @@ fn residual_and_norm_equal_the_cpu() -> Result<()> {
         compare(&format!("add_layer_norm {channels}"), &inputs, |t| {
             let (sum, normed) = ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-5)?;
             Ok((sum * 0.7)?.add(&normed)?)
+        })?;
+        // The gradient needs the sum, also where that is no part of the loss.
+        compare(&format!("add_layer_norm {channels}, the norm alone"), &inputs, |t| {
+            Ok(ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-5)?.1)
+        })?;
+        compare(&format!("add_layer_norm {channels}, the norm alone, recomputed"), &inputs, |t| {
+            let inputs: Vec<&Tensor> = t.iter().collect();
+            let segment = |t: &[Tensor]| Ok(vec![ops::add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-5)?.1]);
+            Ok(recompute(&inputs, segment)?.swap_remove(0))
         })?;
     }
     Ok(())

@@ -21,7 +21,7 @@ mod output;
 mod tests;
 mod view;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::Tensor;
 
@@ -39,8 +39,7 @@ pub struct Backward<'a> {
     /// The inputs as `forward` got them: detached and contiguous. An input that [`Function::uses`] disclaimed has
     /// its shape and dtype, but neither values nor memory.
     pub inputs: &'a [Tensor],
-    /// The outputs; `None` where an output is no part of the loss (never for the output of a one-output function), or
-    /// where [`Function::uses`] disclaimed them.
+    /// The outputs, whether they are part of the loss or not; `None` for one that [`Function::uses`] disclaimed.
     pub outputs: &'a [Option<Tensor>],
     /// What `forward` saved.
     pub saved: &'a [Tensor],
@@ -68,8 +67,17 @@ impl Backward<'_> {
 pub enum Value {
     /// The input at a position.
     Input(usize),
-    /// The outputs.
-    Outputs,
+    /// The output at a position.
+    Output(usize),
+}
+
+/// How a function comes by what it saves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Saves {
+    /// In [`Function::forward`], with the outputs; or it saves nothing.
+    WithOutputs,
+    /// Also by [`Function::save`], from the inputs at these positions.
+    Alone(Vec<usize>),
 }
 
 /// A differentiable function of tensors.
@@ -82,6 +90,29 @@ pub trait Function: Send + Sync + 'static {
     /// # Errors
     /// Where the inputs do not fit.
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward>;
+
+    /// The same where no backward pass will follow on this run: what it saves is not looked at. Worth having where the
+    /// outputs alone cost less.
+    ///
+    /// # Errors
+    /// Those of [`Function::forward`].
+    fn forward_alone(&self, inputs: &[Tensor]) -> Result<Forward> {
+        self.forward(inputs)
+    }
+
+    /// Whether what [`Function::forward`] saves can be had without the outputs.
+    fn saves(&self) -> Saves {
+        Saves::WithOutputs
+    }
+
+    /// What [`Function::forward`] saves, where [`Function::saves`] says that it can be had alone. The values of other
+    /// inputs than those named there are undefined, and they may not be contiguous.
+    ///
+    /// # Errors
+    /// Those of [`Function::forward`].
+    fn save(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        Ok(self.forward(inputs)?.saved)
+    }
 
     /// Computes the gradients of the inputs, one entry an input, each of the input's shape; `None` stands for zero.
     ///
@@ -136,7 +167,10 @@ pub(super) fn detach(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
 fn apply_in_graph(function: impl Function, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let needs: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
     let detached = detach(inputs)?;
-    let Forward { outputs, saved } = function.forward(&detached)?;
+    let Forward { outputs, saved } = match needs.contains(&true) {
+        true => function.forward(&detached)?,
+        false => function.forward_alone(&detached)?,
+    };
     let direct = leaves::active();
     let (leaves, tracked): (Vec<_>, Vec<_>) =
         inputs.iter().enumerate().filter(|(i, _)| needs[*i]).partition(|(_, input)| direct && input.is_variable());
@@ -176,7 +210,7 @@ fn tie(
         node,
         variables,
         leaves,
-        outputs: Mutex::new(vec![None; outputs.len()]),
+        outputs: OnceLock::new(),
         gradients: Mutex::new(vec![None; outputs.len()]),
         input_gradients: Mutex::new(Vec::new()),
     });
@@ -198,12 +232,13 @@ fn tie(
     let Some(token) = token else {
         return Ok(outputs.into_iter().map(Output::into_tensor).collect());
     };
-    outputs
-        .into_iter()
-        .enumerate()
-        .map(|(index, output)| {
-            let result = Mutex::new(Some(output.into_storage()?));
-            Ok(token.apply_op1(Release { shared: shared.clone(), index, result })?)
-        })
-        .collect()
+    let release = |(index, output): (usize, Output)| -> Result<Tensor> {
+        let result = Mutex::new(Some(output.into_storage()?));
+        Ok(token.apply_op1(Release { shared: shared.clone(), index, result })?)
+    };
+    let outputs = outputs.into_iter().enumerate().map(release).collect::<Result<Vec<_>>>()?;
+    // Detached they share their numbers, but do not hold on to the graph that holds on to them.
+    let read = |(index, output): (usize, &Tensor)| shared.node.uses_output(index).then(|| output.detach());
+    let _ = shared.outputs.set(outputs.iter().enumerate().map(read).collect());
+    Ok(outputs)
 }

@@ -58,6 +58,11 @@ impl Node {
         self.function.name()
     }
 
+    /// Whether the backward pass reads the output at a position.
+    pub fn uses_output(&self, position: usize) -> bool {
+        self.function.uses(Value::Output(position), &self.needs)
+    }
+
     /// The gradients of all inputs; `None`, which stands for zero, for an input that needs none.
     pub fn backward(&self, outputs: &[Option<Tensor>], gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
         let gradients = gradients

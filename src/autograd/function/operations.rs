@@ -1,6 +1,6 @@
 //! The custom operations of candle that an applied function consists of.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor};
@@ -42,7 +42,7 @@ pub(super) struct Direct {
 
 impl Direct {
     fn gradients(&self, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
-        let (outputs, gradients) = ([Some(result.detach())], [Some(gradient.clone())]);
+        let (outputs, gradients) = ([self.node.uses_output(0).then(|| result.detach())], [Some(gradient.clone())]);
         let mut all = self.node.backward_with_zeros(&self.variables, &outputs, &gradients)?;
         leaves::take(&self.leaves, &mut all)?;
         Ok(self.positions.iter().map(|position| all.get_mut(*position).and_then(Option::take)).collect())
@@ -144,7 +144,8 @@ pub(super) struct Shared {
     pub variables: Vec<bool>,
     /// The inputs whose gradients go past the graph, with their positions.
     pub leaves: Vec<(usize, Tensor)>,
-    pub outputs: Mutex<Vec<Option<Tensor>>>,
+    /// The outputs that the backward pass reads, set once they are there.
+    pub outputs: OnceLock<Vec<Option<Tensor>>>,
     pub gradients: Mutex<Vec<Option<Tensor>>>,
     pub input_gradients: Mutex<Vec<Option<Tensor>>>,
 }
@@ -164,12 +165,11 @@ impl Join {
     /// The gradients of the arguments; the token's is any number, for nobody reads it.
     fn gradients(&self, first: &Tensor) -> candle_core::Result<[Option<Tensor>; 3]> {
         if self.last {
-            let outputs = std::mem::take(&mut *lock(&self.shared.outputs));
             let gradients = std::mem::take(&mut *lock(&self.shared.gradients));
             // The slots are left empty but of the right length: the same graph may be walked again.
-            *lock(&self.shared.outputs) = vec![None; outputs.len()];
             *lock(&self.shared.gradients) = vec![None; gradients.len()];
-            let mut computed = self.shared.node.backward_with_zeros(&self.shared.variables, &outputs, &gradients)?;
+            let outputs = self.shared.outputs.get().map_or(&[][..], Vec::as_slice);
+            let mut computed = self.shared.node.backward_with_zeros(&self.shared.variables, outputs, &gradients)?;
             leaves::take(&self.shared.leaves, &mut computed)?;
             *lock(&self.shared.input_gradients) = computed;
         }
@@ -299,8 +299,7 @@ impl CustomOp1 for Release {
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         take_cuda(&self.result, self.shared.node.name())
     }
-    fn bwd(&self, token: &Tensor, result: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        lock(&self.shared.outputs)[self.index] = Some(result.detach());
+    fn bwd(&self, token: &Tensor, _: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
         lock(&self.shared.gradients)[self.index] = Some(gradient.clone());
         Ok(Some(token.detach()))
     }

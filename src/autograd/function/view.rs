@@ -1,5 +1,7 @@
 //! Functions whose outputs are views: they share the storage of their input.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use super::{Backward, Forward, Function, Output, Value};
@@ -22,15 +24,18 @@ pub(crate) trait View: Send + Sync + 'static {
 pub(crate) fn apply_views(view: impl View, x: &Tensor) -> Result<Vec<Tensor>> {
     match tape::mode() {
         Mode::Graph => Ok(view.views(x)?),
-        Mode::Discover => Ok(view.views(&tape::see(x))?),
+        Mode::Discover => {
+            let viewed = Viewed(Arc::new(view));
+            tape::discover_views(&viewed, x, |x| viewed.0.views(x))
+        }
         Mode::Record => {
-            let views = view.views(x)?;
-            tape::note_views(Box::new(Viewed(view)), x, views)
+            let view = Arc::new(view);
+            tape::note_views(Box::new(Viewed(view.clone())), x, |x| view.views(x))
         }
     }
 }
 
-struct Viewed<V>(V);
+struct Viewed<V>(Arc<V>);
 
 impl<V: View> Function for Viewed<V> {
     fn name(&self) -> &'static str {

@@ -59,9 +59,7 @@ pub(super) fn backward(tape: Tape, inputs: Vec<Option<TensorId>>, seeds: Vec<(Te
         if gradients.iter().all(Option::is_none) {
             continue;
         }
-        let values = outputs.into_iter().zip(&gradients);
-        let values: Vec<Option<Tensor>> =
-            values.map(|((_, value), gradient)| value.filter(|_| gradient.is_some())).collect();
+        let values: Vec<Option<Tensor>> = outputs.into_iter().map(|(_, value)| value).collect();
         let computed = node.backward(&values, &gradients)?;
         for (id, gradient) in inputs.into_iter().zip(computed) {
             if let (Some(id), Some(gradient)) = (id, gradient) {

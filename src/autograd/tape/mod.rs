@@ -17,6 +17,7 @@
 mod backward;
 mod discovery;
 mod frames;
+mod plan;
 mod recording;
 #[cfg(test)]
 mod tests;
@@ -27,10 +28,11 @@ use candle_core::{Shape, Tensor, TensorId};
 
 use crate::{Error, Result};
 pub use backward::Gradients;
-pub(super) use discovery::{Discovery, Kept, discover, see};
+pub(super) use discovery::{Discovery, Kept, discover, discover_views, nested, see};
 pub(super) use frames::{Mode, apart, has_frames, mode, outside, run_discovery};
+pub(super) use plan::Plan;
 use recording::Tape;
-pub(super) use recording::{note, note_views};
+pub(super) use recording::{note, note_computed, note_views};
 
 /// A segment that has been run, and can be differentiated.
 pub struct Recording {
@@ -70,21 +72,23 @@ impl Recording {
 /// # Ok::<(), lcm_lookahead::Error>(())
 /// ```
 pub fn record(inputs: &[Tensor], segment: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>) -> Result<Recording> {
-    record_with(inputs, &[], Vec::new(), segment)
+    record_with(inputs, &[], Vec::new(), None, segment)
 }
 
-/// The same with tensors besides `inputs` that are known to be leaves, and values kept from a first run.
+/// The same with tensors besides `inputs` that are known to be leaves, values kept from a first run, and what it found
+/// need not be computed again.
 pub(super) fn record_with(
     inputs: &[Tensor],
     leaves: &[Tensor],
     kept: Vec<Kept>,
+    plan: Option<Plan>,
     segment: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>,
 ) -> Result<Recording> {
     let aliases = inputs.iter().map(alias).collect::<Result<Vec<_>>>()?;
     let known: HashSet<TensorId> =
         aliases.iter().filter(|alias| alias.track_op()).chain(leaves).map(Tensor::id).collect();
     let inputs = aliases.iter().map(|alias| alias.track_op().then(|| alias.id())).collect();
-    let (result, mut tape) = frames::run_tape(Tape::new(known, kept), || -> Result<Vec<Tensor>> {
+    let (result, mut tape) = frames::run_tape(Tape::new(known, kept, plan), || -> Result<Vec<Tensor>> {
         let outputs = segment(&aliases)?;
         drop(aliases);
         Ok(outputs)

@@ -2,11 +2,12 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use candle_core::{Tensor, TensorId};
+use candle_core::{DType, Device, Tensor, TensorId};
 
 use super::discovery::Kept;
 use super::frames::{next_kept, with_tape};
-use crate::autograd::function::{self, Forward, Function, Node, Output, Value};
+use super::plan::{Plan, changed};
+use crate::autograd::function::{self, Forward, Function, Node, Output, Saves, Value};
 use crate::autograd::tape;
 use crate::{Error, Result};
 
@@ -31,11 +32,17 @@ pub(super) struct Tape {
     pub off_tape: Option<&'static str>,
     /// Results kept from a first run, in order.
     pub kept: VecDeque<Kept>,
+    /// What need not be computed, as a first run found.
+    plan: Option<Plan>,
+    /// The outputs of operations that were left out.
+    hollow: HashSet<TensorId>,
+    /// The numbers that hollow tensors repeat, one a dtype.
+    numbers: Vec<Tensor>,
 }
 
 impl Tape {
-    pub fn new(known: HashSet<TensorId>, kept: Vec<Kept>) -> Self {
-        Tape { known, kept: kept.into(), ..Self::default() }
+    pub fn new(known: HashSet<TensorId>, kept: Vec<Kept>, plan: Option<Plan>) -> Self {
+        Tape { known, kept: kept.into(), plan, ..Self::default() }
     }
 
     pub fn has(&self, id: TensorId) -> bool {
@@ -58,6 +65,45 @@ impl Tape {
         Ok(Some(tensor.id()))
     }
 
+    /// Stand-ins for the outputs of the next operation, if it is one that need not run. They look like parts of a graph,
+    /// have the shapes of the outputs, and take no memory: one number, repeated by a stride of 0.
+    ///
+    /// A segment that does other things than in its first run is computed as if there were no plan, unless something has
+    /// been left out already.
+    fn left_out(&mut self, name: &'static str, inputs: &[&Tensor]) -> Result<Option<Vec<Tensor>>> {
+        let Some(plan) = &mut self.plan else { return Ok(None) };
+        let hollow = match plan.next(name, inputs) {
+            Ok(Some(outputs)) => outputs,
+            Ok(None) => {
+                return match inputs.iter().any(|input| self.hollow.contains(&input.id())) {
+                    true => Err(changed("nothing that reads its results".into(), name.into())),
+                    false => Ok(None),
+                };
+            }
+            Err(_) if self.hollow.is_empty() => {
+                self.plan = None;
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let device = inputs.first().map_or(&Device::Cpu, |input| input.device());
+        let outputs = hollow
+            .into_iter()
+            .map(|(shape, dtype)| self.number(dtype, device)?.broadcast_as(shape))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        self.hollow.extend(outputs.iter().map(Tensor::id));
+        Ok(Some(outputs))
+    }
+
+    fn number(&mut self, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        if let Some(number) = self.numbers.iter().find(|number| number.dtype() == dtype) {
+            return Ok(number.clone());
+        }
+        let number = Output::Tensor(Tensor::zeros((), dtype, device)?).into_tracked()?;
+        self.numbers.push(number.clone());
+        Ok(number)
+    }
+
     fn add(&mut self, note: Note) {
         self.known.extend(note.outputs.iter().map(|(id, _)| *id));
         self.notes.push(note);
@@ -74,6 +120,9 @@ fn classify(function: &'static str, inputs: &[&Tensor]) -> Result<Vec<Option<Ten
 /// [`apply_many`](crate::autograd::apply_many) on a tape.
 pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let ids = classify(function.name(), inputs)?;
+    if let Some(outputs) = left_out(function.name(), inputs)? {
+        return note_left_out(function, inputs, ids, outputs);
+    }
     let detached = function::detach(inputs)?;
     let tracked = ids.iter().any(Option::is_some);
     let kept = if function.keep() { next_kept(function.name(), &detached) } else { None };
@@ -83,7 +132,10 @@ pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor])
             (outputs, saved)
         }
         None => {
-            let Forward { outputs, saved } = tape::outside(|| function.forward(&detached))?;
+            let Forward { outputs, saved } = tape::outside(|| match tracked {
+                true => function.forward(&detached),
+                false => function.forward_alone(&detached),
+            })?;
             let outputs = match tracked {
                 true => outputs.into_iter().map(Output::into_tracked).collect::<candle_core::Result<_>>()?,
                 false => outputs.into_iter().map(Output::into_tensor).collect(),
@@ -95,20 +147,85 @@ pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor])
         return Ok(outputs.iter().map(Tensor::detach).collect());
     }
     let needs: Vec<bool> = ids.iter().map(Option::is_some).collect();
-    let wanted = function.uses(Value::Outputs, &needs);
-    let noted = outputs.iter().map(|output| (output.id(), wanted.then(|| output.detach()))).collect();
+    let wanted = |(index, output): (usize, &Tensor)| {
+        (output.id(), function.uses(Value::Output(index), &needs).then(|| output.detach()))
+    };
+    let noted = outputs.iter().enumerate().map(wanted).collect();
     let node = Node::new(function, detached, saved, needs);
     with_tape(|tape| tape.add(Note { node, inputs: ids, outputs: noted }));
     Ok(outputs)
 }
 
-/// Notes views of `x` that candle's own operations made.
+/// The outputs of an operation that need not run.
+fn left_out(name: &'static str, inputs: &[&Tensor]) -> Result<Option<Vec<Tensor>>> {
+    with_tape(|tape| tape.left_out(name, inputs)).unwrap_or(Ok(None))
+}
+
+/// Notes an operation that need not run, with hollow outputs.
+fn note_left_out(
+    function: Box<dyn Function>,
+    inputs: &[&Tensor],
+    ids: Vec<Option<TensorId>>,
+    outputs: Vec<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let needs: Vec<bool> = ids.iter().map(Option::is_some).collect();
+    let saves = match function.saves() {
+        Saves::WithOutputs => None,
+        Saves::Alone(inputs) => Some(inputs),
+    };
+    let saved_from = |index: usize| saves.as_ref().is_some_and(|inputs| inputs.contains(&index));
+    let detached = inputs.iter().enumerate().map(|(index, input)| {
+        match function.uses(Value::Input(index), &needs) || saved_from(index) {
+            true => input.detach().contiguous(),
+            // Perhaps hollow itself.
+            false => Ok(input.detach()),
+        }
+    });
+    let detached = detached.collect::<candle_core::Result<Vec<_>>>()?;
+    let saved = match saves {
+        Some(_) => tape::outside(|| function.save(&detached))?,
+        None => Vec::new(),
+    };
+    let noted = outputs.iter().map(|output| (output.id(), None)).collect();
+    let node = Node::new(function, detached, saved, needs);
+    with_tape(|tape| tape.add(Note { node, inputs: ids, outputs: noted }));
+    Ok(outputs)
+}
+
+/// Notes a function whose outputs were computed by a first run, of which it reads neither inputs nor outputs again. What
+/// that run made itself becomes the output as it is; other tensors are copied.
+pub(in crate::autograd) fn note_computed(
+    function: Box<dyn Function>,
+    inputs: &[&Tensor],
+    computed: Vec<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let ids = classify(function.name(), inputs)?;
+    let mut outputs: Vec<Tensor> = Vec::with_capacity(computed.len());
+    for tensor in computed {
+        let again = outputs.iter().any(|output| output.id() == tensor.id());
+        outputs.push(match tensor.track_op() && !again {
+            true => tensor,
+            false => Output::Tensor(tensor).into_tracked()?,
+        });
+    }
+    let noted = outputs.iter().map(|output| (output.id(), None)).collect();
+    let needs = ids.iter().map(Option::is_some).collect();
+    let node = Node::new(function, inputs.iter().map(|input| input.detach()).collect(), Vec::new(), needs);
+    with_tape(|tape| tape.add(Note { node, inputs: ids, outputs: noted }));
+    Ok(outputs)
+}
+
+/// Notes views of `x`, made by candle's own operations.
 pub(in crate::autograd) fn note_views(
     function: Box<dyn Function>,
     x: &Tensor,
-    views: Vec<Tensor>,
+    views: impl FnOnce(&Tensor) -> candle_core::Result<Vec<Tensor>>,
 ) -> Result<Vec<Tensor>> {
     let id = classify(function.name(), &[x])?;
+    if let Some(outputs) = left_out(function.name(), &[x])? {
+        return note_left_out(function, &[x], id, outputs);
+    }
+    let views = views(x)?;
     if id[0].is_none() {
         return Ok(views);
     }

@@ -331,6 +331,51 @@ fn an_input_that_is_not_used_has_a_shape_but_no_memory() -> Result<()> {
     Ok(())
 }
 
+/// `(e^(a+b), (a+b) e^(a+b))`, differentiated with the first output alone.
+struct FirstOutput;
+
+impl Function for FirstOutput {
+    fn name(&self) -> &'static str {
+        "first output"
+    }
+    fn forward(&self, x: &[Tensor]) -> Result<Forward> {
+        let sum = (&x[0] + &x[1])?;
+        let outputs = vec![numbers(&sum.exp()?), numbers(&(sum.exp()? * &sum)?)];
+        Ok(Forward { outputs: outputs.into_iter().map(|x| Output::from_vec(x, 3)).collect(), saved: Vec::new() })
+    }
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        assert!(context.outputs[1].is_none(), "nobody asked for it");
+        let power = context.outputs[0].as_ref().unwrap();
+        let zero = power.zeros_like()?;
+        let of = |index: usize| context.gradients[index].as_ref().unwrap_or(&zero);
+        let gradient = ((of(0) * power)? + (of(1) * ((power.log()? + 1.0)? * power)?)?)?;
+        Ok(vec![Some(gradient.clone()), Some(gradient)])
+    }
+    fn uses(&self, value: Value, _: &[bool]) -> bool {
+        value == Value::Output(0)
+    }
+}
+
+#[test]
+fn an_output_is_there_for_the_backward_pass_also_where_it_is_no_part_of_the_loss() -> Result<()> {
+    let inputs = [random("a", &[3])?, random("b", &[3])?];
+    for parts in [&[0][..], &[1], &[0, 1]] {
+        let outputs = |x: &[Tensor]| -> Result<Vec<Tensor>> {
+            let all = apply_many(FirstOutput, &[&x[0], &x[1]])?;
+            Ok(parts.iter().map(|part| all[*part].clone()).collect())
+        };
+        let on_graph = check_gradients(&inputs, outputs)?;
+        let on_tape = check_gradients(&inputs, |x| recompute(&refs(x), move |x| outputs(x)))?;
+        assert!(on_graph.worst() < 1e-8 && on_tape.worst() < 1e-8, "{parts:?}: {on_graph:?} {on_tape:?}");
+    }
+    // The same graph walked twice.
+    let (a, b) = (variable("a", &[3])?, variable("b", &[3])?);
+    let loss = apply_many(FirstOutput, &[&a, &b])?[1].sum_all()?;
+    let [once, again] = [loss.backward()?, loss.backward()?].map(|gradients| numbers(gradients.get(&a).unwrap()));
+    assert_eq!(once, again);
+    Ok(())
+}
+
 #[test]
 fn gradients_must_fit_the_outputs() -> Result<()> {
     let x = variable("x", &[2])?;

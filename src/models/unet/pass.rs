@@ -78,11 +78,28 @@ pub struct Pass {
     pub image_tokens: Option<ImageTokens>,
     /// FreeU in the first two up blocks.
     pub freeu: Option<FreeU>,
-    /// Recompute activations in the backward pass, one resnet or transformer at a time, instead of keeping them.
+    /// Recompute activations in the backward pass, one resnet or transformer block at a time, instead of keeping them.
     pub recompute: bool,
     /// Where activations are recomputed, keep the outputs of attention nonetheless: they take little memory for the
     /// time they take.
     pub keep_attention: bool,
+}
+
+impl Pass {
+    /// The same without keys and values, for code that gets those by other ways.
+    pub(super) fn apart(&self) -> Pass {
+        let image_tokens = self.image_tokens.as_ref();
+        Pass {
+            loras: self.loras.clone(),
+            reference: None,
+            sees_reference: self.sees_reference.clone(),
+            image_tokens: image_tokens
+                .map(|ImageTokens { scale, .. }| ImageTokens { key_values: KeyValues::default(), scale: *scale }),
+            freeu: self.freeu,
+            recompute: self.recompute,
+            keep_attention: self.keep_attention,
+        }
+    }
 }
 
 /// How self-attention keys and values are recorded.

@@ -8,7 +8,7 @@ use super::pass::{KeyValues, Pass, Recording};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::transformer::{BlockInputs, Transformer, TransformerOutput};
 use super::{Conditioning, Config};
-use crate::autograd::{recompute, recompute_keeping};
+use crate::autograd::recompute_needed;
 use crate::nn::Weights;
 use crate::ops::concat_channels;
 use crate::{Error, Result};
@@ -40,9 +40,8 @@ impl<'a> Run<'a> {
             return resnet.forward(x, self.time, &self.pass.loras);
         }
         let (resnet, loras) = (resnet.clone(), self.pass.loras.clone());
-        let mut outputs =
-            recompute(&[x, self.time], move |inputs| Ok(vec![resnet.forward(&inputs[0], &inputs[1], &loras)?]))?;
-        Ok(outputs.swap_remove(0))
+        let segment = move |inputs: &[Tensor]| Ok(vec![resnet.forward(&inputs[0], &inputs[1], &loras)?]);
+        one(recompute_needed(&[x, self.time], false, segment)?)
     }
 
     /// `None` where the run ends inside this transformer.
@@ -57,7 +56,7 @@ impl<'a> Run<'a> {
             .collect();
         let output = match self.pass.recompute {
             false => transformer.forward(x, self.text, &inputs, self.pass, self.recording, self.last)?,
-            true => self.recomputed(transformer, x, &inputs)?,
+            true => self.recomputed(transformer, x, inputs)?,
         };
         let recorded_names =
             names.iter().filter(|name| self.recording.is_some_and(|recording| recording.includes(name)));
@@ -67,21 +66,48 @@ impl<'a> Run<'a> {
         Ok(output.hidden)
     }
 
-    /// The transformer as a segment whose activations are recomputed: every tensor that may need a gradient goes in
-    /// through the segment's inputs, and every recorded key and value comes out through its outputs.
+    /// The transformer in segments whose activations are recomputed: every block is one, so that what is alive at once
+    /// are the activations of one block, and what is kept are the hidden states between blocks.
     fn recomputed(
         &self,
         transformer: &Arc<Transformer>,
         x: &Tensor,
-        inputs: &[BlockInputs],
+        inputs: Vec<BlockInputs>,
     ) -> Result<TransformerOutput> {
-        let pairs = |block: &BlockInputs| [block.reference.clone(), block.image.clone()];
-        let present: Vec<[bool; 2]> = inputs.iter().map(|block| pairs(block).map(|pair| pair.is_some())).collect();
-        let flat: Vec<Tensor> = inputs.iter().flat_map(pairs).flatten().flat_map(|(key, value)| [key, value]).collect();
-        let all: Vec<&Tensor> = [x, self.text].into_iter().chain(&flat).collect();
-        let (transformer, recording) = (transformer.clone(), self.recording.cloned());
-        // The reference and the image keys and values come in as inputs, so the pass itself needs none of them.
-        let pass = Pass { reference: None, ..self.pass.clone() };
+        let (entrance, loras) = (transformer.clone(), self.pass.loras.clone());
+        let mut hidden = one(recompute_needed(&[x], false, move |x| Ok(vec![entrance.enter(&x[0], &loras)?]))?)?;
+        let mut text = transformer.text_key_values(self.text, &self.pass.loras)?.map(Vec::into_iter);
+        let pass = Arc::new(self.pass.apart());
+        let mut recorded = Vec::new();
+        for (index, inputs) in inputs.into_iter().enumerate() {
+            let text = text.as_mut().and_then(Iterator::next);
+            let block = self.recomputed_block((transformer, index), &hidden, text, inputs, &pass)?;
+            recorded.extend(block.recorded);
+            match block.hidden {
+                Some(next) => hidden = next,
+                None => return Ok(TransformerOutput { hidden: None, recorded }),
+            }
+        }
+        let (exit, loras) = (transformer.clone(), self.pass.loras.clone());
+        let leave = move |x: &[Tensor]| Ok(vec![exit.leave(&x[0], &x[1], &loras)?]);
+        Ok(TransformerOutput { hidden: Some(one(recompute_needed(&[&hidden, x], false, leave)?)?), recorded })
+    }
+
+    /// One block as a segment: every tensor that may need a gradient goes in through its inputs, and recorded keys and
+    /// values come out through its outputs. The text's keys and values are constant where they are there already.
+    fn recomputed_block(
+        &self,
+        (transformer, index): (&Arc<Transformer>, usize),
+        hidden: &Tensor,
+        text: Option<Tensor>,
+        inputs: BlockInputs,
+        pass: &Arc<Pass>,
+    ) -> Result<TransformerOutput> {
+        let pairs = [inputs.reference, inputs.image];
+        let present = [pairs[0].is_some(), pairs[1].is_some()];
+        let flat: Vec<Tensor> = pairs.into_iter().flatten().flat_map(|(key, value)| [key, value]).collect();
+        let all: Vec<&Tensor> = [hidden, self.text].into_iter().chain(&flat).collect();
+        let (transformer, pass, recording) = (transformer.clone(), pass.clone(), self.recording.cloned());
         let last = self.last.map(str::to_string);
         let keep = pass.keep_attention;
         let segment = move |tensors: &[Tensor]| {
@@ -90,16 +116,14 @@ impl<'a> Run<'a> {
                 true => rest.next().zip(rest.next()),
                 false => None,
             };
-            let inputs: Vec<BlockInputs> = present
-                .iter()
-                .map(|[reference, image]| BlockInputs { reference: pair(*reference), image: pair(*image) })
-                .collect();
-            let output =
-                transformer.forward(&tensors[0], &tensors[1], &inputs, &pass, recording.as_ref(), last.as_deref())?;
+            let inputs = BlockInputs { reference: pair(present[0]), image: pair(present[1]) };
+            let text = (&tensors[1], text.as_ref());
+            let recording = (recording.as_ref(), last.as_deref());
+            let output = transformer.block(index, &tensors[0], text, &inputs, &pass, recording)?;
             let recorded = output.recorded.into_iter().flat_map(|(key, value)| [key, value]);
             Ok(recorded.chain(output.hidden).collect())
         };
-        let mut outputs = if keep { recompute_keeping(&all, segment)? } else { recompute(&all, segment)? };
+        let mut outputs = recompute_needed(&all, keep, segment)?;
         let hidden = if outputs.len() % 2 == 1 { outputs.pop() } else { None };
         let mut outputs = outputs.into_iter();
         let recorded = std::iter::from_fn(|| outputs.next().zip(outputs.next())).collect();
@@ -119,6 +143,12 @@ impl<'a> Run<'a> {
             None => Ok(Some(hidden)),
         }
     }
+}
+
+/// The output of a segment that has one.
+fn one(outputs: Vec<Tensor>) -> Result<Tensor> {
+    let count = outputs.len();
+    outputs.into_iter().next().ok_or_else(|| Error::argument("recompute", "segment", "one output", count.to_string()))
 }
 
 fn transformers(config: &Config, level: usize, count: usize, weights: &Weights) -> Result<Vec<Arc<Transformer>>> {

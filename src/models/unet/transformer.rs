@@ -175,7 +175,7 @@ impl TransformerBlock {
     }
 }
 
-/// What [`Transformer::forward`] returns.
+/// What [`Transformer::forward`] and [`Transformer::block`] return.
 pub(super) struct TransformerOutput {
     /// Hidden states; `None` where the pass ended inside, at the last block to be recorded.
     pub hidden: Option<Tensor>,
@@ -221,6 +221,54 @@ impl Transformer {
         self.blocks.iter().map(|block| block.name.as_str())
     }
 
+    /// What stands before the blocks: `x` `(batch, height, width, channels)` to hidden states `(batch, tokens, channels)`.
+    pub fn enter(&self, x: &Tensor, loras: &Loras) -> Result<Tensor> {
+        let (batch, height, width, channels) = x.dims4()?;
+        let tokens = ops::reshape(&self.norm.forward(x)?, (batch, height * width, channels))?;
+        self.proj_in.forward_adapted(&tokens, loras)
+    }
+
+    /// What stands behind the blocks, with `x` as [`Transformer::enter`] got it, of which the result has the shape.
+    pub fn leave(&self, hidden: &Tensor, x: &Tensor, loras: &Loras) -> Result<Tensor> {
+        let (batch, height, width, channels) = x.dims4()?;
+        let residual = ops::reshape(x, (batch, height * width, channels))?;
+        let hidden = self.proj_out.forward_adding(hidden, loras, Some(&residual))?;
+        ops::reshape(&hidden, (batch, height, width, channels))
+    }
+
+    /// Keys and values of the text for every block, where one product makes them all.
+    pub fn text_key_values(&self, text: &Tensor, loras: &Loras) -> Result<Option<Vec<Tensor>>> {
+        match &self.text_projections {
+            Some(all) => all.forward_parts(text, self.blocks.len(), loras),
+            None => Ok(None),
+        }
+    }
+
+    /// One block alone. With a recording it ends as soon as the block is recorded, if it is the last one to be.
+    ///
+    /// `text`: as [`Transformer::forward`] takes it, and the block's part of [`Transformer::text_key_values`].
+    pub fn block(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        text: (&Tensor, Option<&Tensor>),
+        inputs: &BlockInputs,
+        pass: &Pass,
+        (recording, last): (Option<&Recording>, Option<&str>),
+    ) -> Result<TransformerOutput> {
+        let block = &self.blocks[index];
+        let normed = block.norm1.forward(hidden)?;
+        let mut recorded = Vec::new();
+        if let Some(recording) = recording.filter(|recording| recording.includes(&block.name)) {
+            recorded.push(block.record(&normed, pass, recording)?);
+            if last == Some(block.name.as_str()) {
+                return Ok(TransformerOutput { hidden: None, recorded });
+            }
+        }
+        let (hidden, _) = block.forward(hidden, &normed, text, inputs, pass, None)?;
+        Ok(TransformerOutput { hidden: Some(hidden), recorded })
+    }
+
     /// `x`: `(batch, height, width, channels)`; `text`: `(batch, text tokens, cross_attention_dim)`; `inputs`: one a
     /// block. Ends at the block `last`, where given, as soon as that one is recorded.
     pub fn forward(
@@ -232,13 +280,8 @@ impl Transformer {
         recording: Option<&Recording>,
         last: Option<&str>,
     ) -> Result<TransformerOutput> {
-        let (batch, height, width, channels) = x.dims4()?;
-        let tokens = ops::reshape(&self.norm.forward(x)?, (batch, height * width, channels))?;
-        let mut hidden = self.proj_in.forward_adapted(&tokens, &pass.loras)?;
-        let text_key_values = match &self.text_projections {
-            Some(all) => all.forward_parts(text, self.blocks.len(), &pass.loras)?,
-            None => None,
-        };
+        let mut hidden = self.enter(x, &pass.loras)?;
+        let text_key_values = self.text_key_values(text, &pass.loras)?;
         let mut recorded = Vec::new();
         let mut normed = None;
         for (i, (block, inputs)) in self.blocks.iter().zip(inputs).enumerate() {
@@ -256,8 +299,6 @@ impl Transformer {
             let text = (text, text_key_values.as_ref().map(|all| &all[i]));
             (hidden, normed) = block.forward(&hidden, &block_input, text, inputs, pass, next_norm)?;
         }
-        let residual = ops::reshape(x, (batch, height * width, channels))?;
-        let hidden = self.proj_out.forward_adding(&hidden, &pass.loras, Some(&residual))?;
-        Ok(TransformerOutput { hidden: Some(ops::reshape(&hidden, (batch, height, width, channels))?), recorded })
+        Ok(TransformerOutput { hidden: Some(self.leave(&hidden, x, &pass.loras)?), recorded })
     }
 }

@@ -148,6 +148,6 @@ impl Function for Pointwise {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value != Value::Outputs
+        matches!(value, Value::Input(_))
     }
 }

@@ -41,6 +41,14 @@ fn extent(x: &Tensor) -> (Vec<usize>, i64, i32) {
 }
 
 pub(super) fn forward(x: &Tensor) -> Result<Forward> {
+    Ok(value(x)?.into_output().into())
+}
+
+pub(super) fn backward(context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+    Ok(vec![Some(gradient(&context.inputs[0], context.gradient()?)?)])
+}
+
+pub(in crate::ops) fn value(x: &Tensor) -> Result<Buffer> {
     let device = cuda_device(NAME, x)?;
     let (shape, rows, channels) = extent(x);
     let y = Buffer::new(&device, shape, x.dtype())?;
@@ -48,16 +56,16 @@ pub(super) fn forward(x: &Tensor) -> Result<Forward> {
     // SAFETY: the pointers belong to `rows` rows of the widths stated, alive on this stream.
     let status = unsafe { lcm_geglu_forward(pointer(NAME, x)?, y.pointer(), rows, channels, dtype, stream(&device)) };
     check(NAME, status)?;
-    Ok(y.into_output().into())
+    Ok(y)
 }
 
-pub(super) fn backward(context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-    let x = &context.inputs[0];
+/// The gradient of `x` from that of the result.
+pub(in crate::ops) fn gradient(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let device = cuda_device(NAME, x)?;
     let (_, rows, channels) = extent(x);
     let dx = Buffer::like(NAME, x)?;
-    let (at, dy, dtype) = (pointer(NAME, x)?, pointer(NAME, context.gradient()?)?, dtype_code(NAME, x.dtype())?);
-    // SAFETY: as in `forward`.
+    let (at, dy, dtype) = (pointer(NAME, x)?, pointer(NAME, dy)?, dtype_code(NAME, x.dtype())?);
+    // SAFETY: as in `value`.
     check(NAME, unsafe { lcm_geglu_backward(at, dy, dx.pointer(), rows, channels, dtype, stream(&device)) })?;
-    Ok(vec![Some(dx.into_tensor())])
+    Ok(dx.into_tensor())
 }

@@ -2,7 +2,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(super) mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +44,6 @@ impl Function for Geglu {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value != Value::Outputs
+        matches!(value, Value::Input(_))
     }
 }

@@ -74,6 +74,6 @@ impl Function for GroupNorm {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value != Value::Outputs
+        matches!(value, Value::Input(_))
     }
 }

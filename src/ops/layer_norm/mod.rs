@@ -60,6 +60,6 @@ impl Function for LayerNorm {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value != Value::Outputs
+        matches!(value, Value::Input(_))
     }
 }

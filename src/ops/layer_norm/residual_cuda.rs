@@ -49,19 +49,18 @@ impl Function for AddLayerNorm {
         let sum = Buffer::like(NAME, x)?;
         let launch = Launch { x, weight, eps: self.eps };
         let (normed, mean, rstd) = launch.forward(bias, Some((residual, &sum)))?;
-        // The sum is an output, of which the backward pass needs the values: it gets them as a saved tensor, in the
-        // same memory.
-        let sum = sum.into_tensor();
-        let saved = vec![mean, rstd, sum.clone()];
-        Ok(Forward { outputs: vec![crate::autograd::Output::Tensor(sum), normed.into_output()], saved })
+        Ok(Forward { outputs: vec![sum.into_output(), normed.into_output()], saved: vec![mean, rstd] })
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let (sum, weight) = (&context.saved[2], &context.inputs[2]);
+        let weight = &context.inputs[2];
         let (of_sum, of_normed) = (&context.gradients[0], &context.gradients[1]);
         let wants = [context.needs[0] || context.needs[1], context.needs[2], context.needs[3]];
         let Some(of_normed) = of_normed else {
             return Ok(vec![of_sum.clone(), of_sum.clone(), None, None]);
+        };
+        let Some(Some(sum)) = context.outputs.first() else {
+            return Err(Error::argument(NAME, "outputs", "the sum, which the backward pass reads", "none"));
         };
         let launch = Launch { x: sum, weight, eps: self.eps };
         let statistics = (&context.saved[0], &context.saved[1]);
@@ -70,6 +69,6 @@ impl Function for AddLayerNorm {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value == Value::Input(2)
+        matches!(value, Value::Input(2) | Value::Output(0))
     }
 }

@@ -9,13 +9,15 @@ use candle_core::Tensor;
 
 use super::support::same_kind;
 use super::{geglu, linear};
+#[cfg(feature = "cuda")]
+use crate::autograd::apply;
 use crate::{Error, Result};
 
 /// [`geglu`] of [`linear`]: `a * gelu(b)` where `a` and `b` are the first and the second half of `x W^T + bias`
 /// (diffusers: `GEGLU`).
 ///
-/// Where nothing is to be differentiated, a GPU of the Hopper generation does both in one kernel, and the projection,
-/// twice as wide as the result, is never in memory. Else it is, as the gradients need it.
+/// Where no gradient is going to be asked of the result, a GPU of the Hopper generation does both in one kernel, and the
+/// projection, twice as wide as the result, is never in memory. Else it is, as the gradients need it.
 ///
 /// `x`: `(..., in)`; `weight`: `(2 * out, in)`; `bias`: `(2 * out,)`. Returns `(..., out)`. Gradients as for [`linear`].
 ///
@@ -38,12 +40,9 @@ pub fn linear_geglu(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resul
         }
     }
     #[cfg(feature = "cuda")]
-    if x.device().is_cuda() && ![Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op) {
-        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-        let bias = bias.map(Tensor::contiguous).transpose()?;
-        if let Some(y) = cuda::fused(&x, &weight, bias.as_ref())? {
-            return Ok(y);
-        }
+    if x.device().is_cuda() {
+        let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+        return apply(cuda::LinearGeglu, &inputs);
     }
     geglu(&linear(x, weight, bias)?)
 }

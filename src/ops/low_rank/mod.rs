@@ -11,7 +11,7 @@ use std::ffi::c_void;
 
 use candle_core::{DType, Tensor};
 
-use crate::autograd::{Backward, Forward, Function, Value, apply};
+use crate::autograd::{Backward, Forward, Function, Saves, Value, apply};
 use crate::cuda::{Buffer, check, cuda_device, dtype_code, pointer, stream};
 use crate::ops::linear::cuda::{matrix, product};
 use crate::ops::support::same_kind;
@@ -204,8 +204,24 @@ impl Function for LinearLowRank {
 
     /// Saves the weight with the updates added, and the factors in its dtype where the gradients' kernels want them.
     fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
+        let x = &inputs[0];
+        let (out, inner) = inputs[1].dims2()?;
+        let saved = self.save(inputs)?;
+        let at = |place: Option<usize>| place.map(|place| &inputs[place]);
+        let rows = x.elem_count() / inner.max(1);
+        let shape = [&x.dims()[..x.rank() - 1], &[out]].concat();
+        let left = (x, matrix(x, rows, inner)?);
+        let y = product(left, matrix(&saved[0], out, inner)?.t(), (at(self.bias), at(self.residual)), &shape)?;
+        Ok(Forward { outputs: vec![y.into_output()], saved })
+    }
+
+    fn saves(&self) -> Saves {
+        let count = self.layers.iter().filter(|layer| layer.low_rank.is_some()).count();
+        Saves::Alone(std::iter::once(1).chain(self.factors..self.factors + 2 * count).collect())
+    }
+
+    fn save(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let (x, weight) = (&inputs[0], &inputs[1]);
-        let (out, inner) = weight.dims2()?;
         let device = cuda_device(NAME, x)?;
         let mut arguments = self.arguments(inputs)?;
         let merged = Buffer::like(NAME, weight)?;
@@ -218,14 +234,7 @@ impl Function for LinearLowRank {
         arguments.narrow_factors = narrow.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer);
         // SAFETY: the arguments point to tensors and buffers of the shapes they state, alive on this stream.
         check(NAME, unsafe { lcm_low_rank_merge(&raw const arguments, stream(&device)) })?;
-        let merged = merged.into_tensor();
-        let at = |place: Option<usize>| place.map(|place| &inputs[place]);
-        let rows = x.elem_count() / inner.max(1);
-        let shape = [&x.dims()[..x.rank() - 1], &[out]].concat();
-        let left = (x, matrix(x, rows, inner)?);
-        let y = product(left, matrix(&merged, out, inner)?.t(), (at(self.bias), at(self.residual)), &shape)?;
-        let saved = std::iter::once(merged).chain(narrow.map(Buffer::into_tensor)).collect();
-        Ok(Forward { outputs: vec![y.into_output()], saved })
+        Ok(std::iter::once(merged).chain(narrow).map(Buffer::into_tensor).collect())
     }
 
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
@@ -251,7 +260,7 @@ impl Function for LinearLowRank {
         match value {
             Value::Input(0) => needs[self.factors..].contains(&true),
             Value::Input(place) => place >= self.factors,
-            Value::Outputs => false,
+            Value::Output(_) => false,
         }
     }
 }
