@@ -18,7 +18,7 @@ use lcm_lookahead::models::tokenizer::PromptTokenizer;
 use lcm_lookahead::nn::{Parameters, Weights};
 use lcm_lookahead::personalize::Options;
 use lcm_lookahead::random::Address;
-use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, LossReport, ParameterGroup, StepLosses};
+use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, LossReport, ParameterGroup, PendingReport, StepLosses};
 use lcm_lookahead::{
     AnnealedTimestepSampler, Base, FaceDataset, FaceEncoder, ImageLoss, Pass, Personalizer, Result, TrainConfig, mini,
 };
@@ -174,12 +174,12 @@ fn training(base: &Base, batch: usize, repeats: usize, tensors: &mut Tensors) ->
     let batch = pictures(batch)?;
 
     let mut iteration = || -> Result<(LossReport, f64)> {
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         let prepared = losses.prepare(&batch, draw)?;
         let loss = losses.joint(&prepared, step, draw, true, &mut report)?;
         let gradients = Gradients::extract(&loss.backward()?, &parameters);
         let norm = optimizer.clip_and_step(gradients, 1.0, config.optimizer.max_grad_norm)?;
-        Ok((report, norm))
+        Ok((report.read()?, norm))
     };
     let (values, norm) = iteration()?;
     println!("losses {values:?}, norm of the gradient {norm:.6}");

@@ -11,7 +11,7 @@ use lcm_lookahead::nn::{LoraSet, Parameters, Weights};
 use lcm_lookahead::random::Address;
 use lcm_lookahead::schedule::AnnealedTimestepSampler;
 use lcm_lookahead::train::config::UpdateMode;
-use lcm_lookahead::train::{LossReport, StepLosses, TrainConfig, Trainer};
+use lcm_lookahead::train::{PendingReport, StepLosses, TrainConfig, Trainer};
 use lcm_lookahead::{Error, Guidance, Personalizer, Result};
 
 fn trainer(config: TrainConfig, data: &std::path::Path, output: &std::path::Path) -> Result<Trainer> {
@@ -225,7 +225,7 @@ impl Step {
             diffusion_timesteps: &sampler,
             lookahead_timesteps: &sampler,
         };
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         let prepared = losses.prepare(&self.batch, 3)?;
         match alternating {
             false => losses.joint(&prepared, 1, 3, true, &mut report),

@@ -8,6 +8,7 @@ mod recompute;
 mod stack;
 pub mod tape;
 mod taped;
+mod taped_once;
 
 pub use check::{GradientCheck, check_gradients};
 pub use function::{Backward, Forward, Function, Output, Saves, Value, apply, apply_many};
@@ -19,3 +20,4 @@ pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping
 pub(crate) use stack::on_pool;
 pub use stack::with_large_stack;
 pub use taped::taped;
+pub(crate) use taped_once::taped_once;

@@ -12,6 +12,7 @@ mod driver;
 mod graph;
 mod hopper_linear;
 mod memory;
+mod reading;
 mod reduce;
 mod upload;
 
@@ -21,6 +22,7 @@ pub use device::{MemoryUse, deterministic, memory_use, open, profiled, set_deter
 pub use graph::Graph;
 pub(crate) use hopper_linear::HopperLinear;
 pub(crate) use memory::{Buffer, cuda_device, dtype_code, pointer, stream, upload};
+pub(crate) use reading::Reading;
 pub(crate) use reduce::{add_channels, sum_positions, sum_rows};
 pub(crate) use upload::{Bytes, Upload, upload_all, upload_tensor};
 

@@ -78,8 +78,9 @@ pub fn aligned_crop_with(images: &Tensor, landmarks: &[Landmarks], options: &Cro
     let faces = match crops.iter().all(|crop| (crop.1, crop.2) == (crops[0].1, crops[0].2)) {
         true => warp(&x, &crops)?,
         false => {
-            let each = crops.iter().enumerate().map(|(i, crop)| warp(&x.narrow(0, i, 1)?, std::slice::from_ref(crop)));
-            Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)?
+            let samples = ops::split_samples(&x)?;
+            let each = samples.iter().zip(&crops).map(|(x, crop)| warp(x, std::slice::from_ref(crop)));
+            ops::join_samples(&each.collect::<Result<Vec<_>>>()?)?
         }
     };
     to_channels_first(&faces)
@@ -95,10 +96,10 @@ fn in_resized(to_image: &Similarity, ratios: [f64; 2]) -> [[f64; 3]; 2] {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::{DType, Device, Var};
 
     use super::*;
-    use crate::autograd::check_gradients;
+    use crate::autograd::{check_gradients, tape};
     use crate::face::ARCFACE_TEMPLATE;
     use crate::random::Address;
 
@@ -176,6 +177,10 @@ mod tests {
                 Ok(vec![aligned_crop_with(&x[0], &faces, &options)?])
             })?;
             assert!(check.worst() < 1e-8 && check.norms[0] > 1.0, "{check:?}");
+            // Two samples of one size, and of two, stay on a tape.
+            tape::record(&[Var::from_tensor(&images)?.into_inner()], |x| {
+                Ok(vec![aligned_crop_with(&x[0], &faces, &options)?])
+            })?;
         }
         Ok(())
     }

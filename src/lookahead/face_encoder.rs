@@ -75,10 +75,15 @@ impl FaceEncoder {
     /// # Errors
     /// [`crate::Error::Argument`] where the width is not the resampler's.
     pub fn tokens(&self, features: &Tensor, null_features: &Tensor) -> Result<AdapterTokens> {
-        Ok(AdapterTokens {
-            conditional: self.resampler.forward(features)?,
-            unconditional: self.resampler.forward(null_features)?,
-        })
+        Ok(AdapterTokens { conditional: self.resample(features)?, unconditional: self.resample(null_features)? })
+    }
+
+    /// Image tokens `(batch, tokens, cross_attention_dim)` of the features of pictures, each by itself.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] where the width is not the resampler's.
+    pub fn resample(&self, features: &Tensor) -> Result<Tensor> {
+        self.resampler.forward(features)
     }
 
     /// What a denoising pass needs of image tokens `(batch, tokens, cross_attention_dim)`.

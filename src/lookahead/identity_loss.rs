@@ -5,10 +5,11 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 
 use super::{ImageLoss, LossValue};
-use crate::Result;
+use crate::autograd::taped;
 use crate::face::{Landmarks, aligned_crop};
 use crate::models::face_locator::FaceLocator;
 use crate::models::identity::IdentityNetwork;
+use crate::{Result, ops};
 
 /// `mean(1 - <f(crop(preview)), f(crop(I_c))>)` over the samples in which both images show a face.
 ///
@@ -40,22 +41,18 @@ impl IdentityLoss {
         Ok((self.embed_at(images, &indices, &landmarks)?, indices))
     }
 
+    /// On a tape, where crop and network are to be differentiated: the network has hundreds of small operations.
     fn embed_at(&self, images: &Tensor, indices: &[usize], landmarks: &[Landmarks]) -> Result<Option<Tensor>> {
         if indices.is_empty() {
             return Ok(None);
         }
-        let faces = aligned_crop(&select(images, indices)?, landmarks, self.network.crop_size())?;
-        Ok(Some(self.network.embed(&faces)?))
+        let (network, indices, landmarks) = (self.network.clone(), indices.to_vec(), landmarks.to_vec());
+        let mut embedded = taped(&[images], move |images| {
+            let images = ops::select_samples(&images[0], &indices)?;
+            Ok(vec![network.embed(&aligned_crop(&images, &landmarks, network.crop_size())?)?])
+        })?;
+        Ok(embedded.pop())
     }
-}
-
-/// The samples at these indices.
-fn select(images: &Tensor, indices: &[usize]) -> Result<Tensor> {
-    if indices.iter().copied().eq(0..images.dim(0)?) {
-        return Ok(images.clone());
-    }
-    let samples: Vec<Tensor> = indices.iter().map(|i| images.narrow(0, *i, 1)).collect::<candle_core::Result<_>>()?;
-    Ok(Tensor::cat(&samples, 0)?)
 }
 
 impl ImageLoss for IdentityLoss {
@@ -64,25 +61,21 @@ impl ImageLoss for IdentityLoss {
     }
 
     fn loss(&self, previews: &Tensor, conditioning_images: &Tensor) -> Result<LossValue> {
-        let conditioning_images = conditioning_images.detach();
-        let preview_faces = self.locator.locate(&previews.detach())?;
-        let reference_faces = self.locator.locate(&conditioning_images)?;
-        let (mut indices, mut in_previews, mut in_references) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, pair) in preview_faces.into_iter().zip(reference_faces).enumerate() {
-            if let (Some(preview), Some(reference)) = pair {
+        // The target first: it does not have to wait for where faces are in the previews.
+        let (target, in_references) = self.embed(&conditioning_images.detach())?;
+        let none = || Ok(LossValue { loss: Tensor::zeros((), previews.dtype(), previews.device())?, counted: 0 });
+        let Some(target) = target else { return none() };
+        let located = self.locator.locate(&previews.detach())?;
+        let (mut indices, mut landmarks, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, face) in located.into_iter().enumerate() {
+            if let (Some(face), Some(place)) = (face, in_references.iter().position(|reference| *reference == i)) {
                 indices.push(i);
-                in_previews.push(preview);
-                in_references.push(reference);
+                landmarks.push(face);
+                places.push(place);
             }
         }
-        let embedded = self.embed_at(previews, &indices, &in_previews)?;
-        let target = self.embed_at(&conditioning_images, &indices, &in_references)?;
-        match (embedded, target) {
-            (Some(embedded), Some(target)) => {
-                let cosine = (embedded * target.detach())?.sum(D::Minus1)?;
-                Ok(LossValue { loss: (1.0 - cosine)?.mean_all()?, counted: indices.len() })
-            }
-            _ => Ok(LossValue { loss: Tensor::zeros((), previews.dtype(), previews.device())?, counted: 0 }),
-        }
+        let Some(embedded) = self.embed_at(previews, &indices, &landmarks)? else { return none() };
+        let cosine = (embedded * ops::select_samples(&target.detach(), &places)?)?.sum(D::Minus1)?;
+        Ok(LossValue { loss: (1.0 - cosine)?.mean_all()?, counted: indices.len() })
     }
 }

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::identity::{IdentityNetwork, check_faces, normalise};
+use super::identity::{IdentityNetwork, check_faces, flat, normalise};
 use super::{to_channels_first, to_channels_last};
 use crate::nn::{BatchNorm, Conv2d, Linear, PRelu, Weights};
 use crate::ops::{self, Activation};
@@ -86,14 +86,10 @@ impl SqueezeExcitation {
         })
     }
 
+    /// The logits of the weights, `(batch, 1, 1, channels)`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = ops::activation(
-            &self.fc1.forward(&ops::cast(&ops::widen(x)?.mean_keepdim((1, 2))?, x.dtype())?)?,
-            Activation::Relu,
-        )?;
-        // The logistic function by tanh, whose gradient is finite everywhere.
-        let gate = self.fc2.forward(&y)?.affine(0.5, 0.0)?.tanh()?.affine(0.5, 0.5)?;
-        Ok(x.broadcast_mul(&gate)?)
+        let y = ops::activation(&self.fc1.forward(&ops::mean_pixels(x)?)?, Activation::Relu)?;
+        self.fc2.forward(&y)
     }
 }
 
@@ -134,14 +130,15 @@ impl Block {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.prelu.forward(&self.conv1.forward(&self.norm1.forward(x)?)?)?;
-        let mut y = self.norm2.forward(&self.conv2.forward(&y)?)?;
-        if let Some(se) = &self.se {
-            y = se.forward(&y)?;
-        }
-        match (&self.shortcut, self.stride) {
-            (Some((conv, norm)), _) => Ok((y + norm.forward(&conv.forward(x)?)?)?),
-            (None, 1) => Ok((y + x)?),
-            (None, stride) => Ok((y + ops::max_pool2d(x, 1, stride)?)?),
+        let y = self.norm2.forward(&self.conv2.forward(&y)?)?;
+        let shortcut = match (&self.shortcut, self.stride) {
+            (Some((conv, norm)), _) => norm.forward(&conv.forward(x)?)?,
+            (None, 1) => x.clone(),
+            (None, stride) => ops::max_pool2d(x, 1, stride)?,
+        };
+        match &self.se {
+            Some(se) => ops::gated_sum(&y, &se.forward(&y)?, &shortcut),
+            None => ops::add(&y, &shortcut),
         }
     }
 }
@@ -202,7 +199,7 @@ impl IdentityNetwork for IrResnet {
         let x = prelu.forward(&norm.forward(&conv.forward(&to_channels_last(faces)?)?)?)?;
         let x = self.body.iter().try_fold(x, |x, block| block.forward(&x))?;
         // Flattened in the order of the published weights: channels first.
-        let x = to_channels_first(&self.output_norm.forward(&x)?)?.flatten_from(1)?;
+        let x = flat(&to_channels_first(&self.output_norm.forward(&x)?)?)?;
         normalise(&self.embedding_norm.forward(&self.output.forward(&x)?)?)
     }
 

@@ -4,10 +4,10 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::identity::{IdentityNetwork, check_faces, normalise};
+use super::identity::{IdentityNetwork, check_faces, flat, normalise};
 use super::{to_channels_first, to_channels_last};
 use crate::nn::{BatchNorm, Conv2d, Linear, PRelu, Weights};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 const EPS: f64 = 1e-5;
 
@@ -91,8 +91,8 @@ impl Block {
         let y = self.bn2.forward(&self.conv1.forward(&self.bn1.forward(x)?)?)?;
         let y = self.bn3.forward(&self.conv2.forward(&self.prelu.forward(&y)?)?)?;
         match &self.downsample {
-            Some((conv, norm)) => Ok((y + norm.forward(&conv.forward(x)?)?)?),
-            None => Ok((y + x)?),
+            Some((conv, norm)) => ops::add(&y, &norm.forward(&conv.forward(x)?)?),
+            None => ops::add(&y, x),
         }
     }
 }
@@ -152,7 +152,7 @@ impl IdentityNetwork for IResnet {
         let x = self.prelu.forward(&self.bn1.forward(&x)?)?;
         let x = self.blocks.iter().try_fold(x, |x, block| block.forward(&x))?;
         // Flattened in the order of the published weights: channels first.
-        let x = to_channels_first(&self.bn2.forward(&x)?)?.flatten_from(1)?;
+        let x = flat(&to_channels_first(&self.bn2.forward(&x)?)?)?;
         normalise(&self.features.forward(&self.fc.forward(&x)?)?)
     }
 

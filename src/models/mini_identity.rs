@@ -142,15 +142,15 @@ impl IdentityNetwork for MiniIdentity {
             return Err(Error::argument("mini_identity", "faces", expected, format!("{:?}", faces.dims())));
         }
         let network = self.clone();
-        let embedded = taped(&[faces], move |faces| {
+        let mut embedded = taped(&[faces], move |faces| {
             let x = network.conv_in.forward(&to_channels_last(&faces[0])?)?;
             let x = network.blocks.iter().try_fold(x, |x, block| block.forward(&x))?;
             let x = network.norm_out.forward_with(&x, Activation::Relu)?;
             // Flattened, not averaged: where a feature lies tells faces that are aligned apart.
             let (batch, flat) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
-            Ok(vec![network.linear_out.forward(&ops::reshape(&x, (batch, flat))?)?])
+            Ok(vec![normalise(&network.linear_out.forward(&ops::reshape(&x, (batch, flat))?)?)?])
         })?;
-        normalise(&embedded[0])
+        Ok(embedded.swap_remove(0))
     }
 
     fn crop_size(&self) -> usize {

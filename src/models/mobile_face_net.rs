@@ -4,10 +4,10 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::identity::{IdentityNetwork, check_faces, normalise};
+use super::identity::{IdentityNetwork, check_faces, flat, normalise};
 use super::to_channels_last;
 use crate::nn::{Conv2d, DepthwiseConv2d, PRelu, Weights};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// Blocks of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -133,7 +133,7 @@ impl Bottleneck {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.expand.1.forward(&self.expand.0.forward(x)?)?;
         let y = self.project.forward(&self.depthwise.1.forward(&self.depthwise.0.forward(&y)?)?)?;
-        if self.residual { Ok((y + x)?) } else { Ok(y) }
+        if self.residual { ops::add(&y, x) } else { Ok(y) }
     }
 }
 
@@ -185,12 +185,12 @@ impl IdentityNetwork for MobileFaceNet {
     fn embed(&self, faces: &Tensor) -> Result<Tensor> {
         check_faces("mobile_face_net", faces, self.config.crop_size)?;
         // The network itself takes (byte - 127) / 128, RGB.
-        let x = to_channels_last(&faces.affine(127.5 / 128.0, 0.5 / 128.0)?)?;
+        let x = ops::affine(&to_channels_last(faces)?, 127.5 / 128.0, 0.5 / 128.0)?;
         let x = self.input.1.forward(&self.input.0.forward(&x)?)?;
         let x = self.depthwise.1.forward(&self.depthwise.0.forward(&x)?)?;
         let x = self.bottlenecks.iter().try_fold(x, |x, bottleneck| bottleneck.forward(&x))?;
         let x = self.head.1.forward(&self.head.0.forward(&x)?)?;
-        normalise(&self.output.forward(&self.global.forward(&x)?)?.flatten_from(1)?)
+        normalise(&flat(&self.output.forward(&self.global.forward(&x)?)?)?)
     }
 
     fn crop_size(&self) -> usize {

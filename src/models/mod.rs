@@ -32,17 +32,8 @@ pub mod yunet;
 use candle_core::Tensor;
 pub use on_demand::OnDemand;
 
+pub(crate) use crate::ops::{to_channels_first, to_channels_last};
 use crate::{Error, Result};
-
-/// An NCHW tensor as the channels-last tensor the operations work on.
-pub(crate) fn to_channels_last(x: &Tensor) -> Result<Tensor> {
-    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
-}
-
-/// A channels-last tensor as NCHW.
-pub(crate) fn to_channels_first(x: &Tensor) -> Result<Tensor> {
-    Ok(x.permute((0, 3, 1, 2))?.contiguous()?)
-}
 
 /// Checks that `images` is `(batch, 3, height, width)`, and returns batch, height and width.
 pub(crate) fn image_dims(function: &'static str, images: &Tensor) -> Result<(usize, usize, usize)> {

@@ -102,7 +102,7 @@ impl Attention {
     fn keys_and_values(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let kv = self.to_kv.forward(x)?;
         let inner = kv.dim(2)? / 2;
-        Ok((kv.narrow(2, 0, inner)?.contiguous()?, kv.narrow(2, inner, inner)?.contiguous()?))
+        Ok((ops::narrow(&kv, 0, inner)?, ops::narrow(&kv, inner, inner)?))
     }
 }
 
@@ -179,11 +179,8 @@ impl Resampler {
             let expected = format!("(batch, tokens, {width})");
             return Err(Error::argument("resampler", "hidden_states", expected, format!("{:?}", hidden_states.dims())));
         }
-        let (_, queries, dim) = self.latents.dims3()?;
         let image = self.proj_in.forward(hidden_states)?;
-        let mut x = ops::cast(&self.latents, image.dtype())?
-            .broadcast_as((hidden_states.dim(0)?, queries, dim))?
-            .contiguous()?;
+        let mut x = ops::repeat_sample(&ops::cast(&self.latents, image.dtype())?, hidden_states.dim(0)?)?;
         for (attention, feed_forward) in &self.layers {
             x = ops::add(&attention.forward(&image, &x)?, &x)?;
             x = ops::add(&feed_forward.forward(&x)?, &x)?;

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::identity::{IdentityNetwork, check_faces, normalise};
+use super::identity::{IdentityNetwork, check_faces, flat, normalise};
 use super::{to_channels_first, to_channels_last};
 use crate::nn::{BatchNorm, Conv2d, DepthwiseConv2d, Init, PRelu, Weights};
 use crate::ops;
@@ -127,8 +127,8 @@ fn batch_norm(name: &str, channels: usize, eps: f64, weights: &Weights) -> Resul
 #[derive(Clone, Debug)]
 pub struct SFace {
     config: Config,
-    mean: Tensor,
     scale: Tensor,
+    shift: Tensor,
     units: Vec<Unit>,
     bn1: BatchNorm,
     weight: Tensor,
@@ -152,9 +152,11 @@ impl SFace {
             width = next;
         }
         let flat = width * side * side;
+        // What is subtracted, then multiplied by, the same for every channel.
+        let (mean, scale) = (weights.get(1, "scalar_op1", Init::Zeros)?, weights.get(1, "scalar_op2", Init::Ones)?);
         Ok(SFace {
-            mean: weights.get(1, "scalar_op1", Init::Zeros)?,
-            scale: weights.get(1, "scalar_op2", Init::Ones)?,
+            shift: (mean * &scale)?.neg()?.broadcast_as(3)?.contiguous()?,
+            scale: scale.broadcast_as(3)?.contiguous()?,
             units,
             bn1: batch_norm("bn1", width, OUTPUT_EPS, weights)?,
             weight: weights.get((config.dimension, flat), "pre_fc1_weight", Init::FanIn(flat))?,
@@ -169,11 +171,11 @@ impl IdentityNetwork for SFace {
     fn embed(&self, faces: &Tensor) -> Result<Tensor> {
         check_faces("sface", faces, self.config.crop_size)?;
         // The network itself takes bytes as numbers, RGB.
-        let bytes = to_channels_last(&faces.affine(127.5, 127.5)?)?;
-        let x = bytes.broadcast_sub(&self.mean)?.broadcast_mul(&self.scale)?;
+        let bytes = ops::affine(&to_channels_last(faces)?, 127.5, 127.5)?;
+        let x = ops::channel_affine(&bytes, &self.scale, &self.shift)?;
         let x = self.units.iter().try_fold(x, |x, unit| unit.forward(&x))?;
         // Flattened in the order of the published weights: channels first.
-        let x = to_channels_first(&self.bn1.forward(&x)?)?.flatten_from(1)?;
+        let x = flat(&to_channels_first(&self.bn1.forward(&x)?)?)?;
         normalise(&self.fc1.forward(&ops::linear(&x, &self.weight, Some(&self.bias))?)?)
     }
 

@@ -240,8 +240,11 @@ impl Taesd {
         let latents = latents.affine(1.0 / self.config.scaling_factor, self.config.shift)?;
         let squeezed = ((latents / 3.0)?.tanh()? * 3.0)?;
         let decoder = self.decoder.clone();
-        let images = taped(&[&to_channels_last(&squeezed)?], move |x| Ok(vec![decoder.forward(&x[0])?]))?;
-        to_channels_first(&images[0].affine(2.0, -1.0)?)
+        let mut images = taped(&[&squeezed], move |x| {
+            let images = decoder.forward(&to_channels_last(&x[0])?)?;
+            Ok(vec![ops::affine(&to_channels_first(&images)?, 2.0, -1.0)?])
+        })?;
+        Ok(images.swap_remove(0))
     }
 }
 

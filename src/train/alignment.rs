@@ -94,7 +94,7 @@ impl StepLosses<'_> {
         if scale == 1.0 {
             return Ok(conditional.detach());
         }
-        let tokens = view.conditions.unconditional.detach();
+        let tokens = self.encoder.resample(&view.prepared.null_features)?.detach();
         let (_, count, width) = tokens.dims3()?;
         let tokens = tokens.broadcast_as((text.batch(), count, width))?.contiguous()?;
         let image = self.encoder.image_tokens(&tokens, view.conditions.image_tokens.scale)?;
@@ -123,7 +123,7 @@ fn detached(key_values: &KeyValues) -> Result<KeyValues> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
@@ -133,22 +133,22 @@ mod tests {
     use crate::random::Address;
     use crate::schedule::AnnealedTimestepSampler;
     use crate::train::config::AlignmentConfig;
-    use crate::train::{LossReport, Prepared, TrainConfig};
+    use crate::train::{PendingReport, Prepared, TrainConfig};
     use crate::{Base, data};
 
-    const DRAW: u64 = 3;
+    pub const DRAW: u64 = 3;
 
     /// A step of the method in f64 on tiny random networks, without any image loss.
-    struct Step {
+    pub struct Step {
         base: Base,
         encoder: FaceEncoder,
-        parameters: Parameters,
-        config: TrainConfig,
+        pub parameters: Parameters,
+        pub config: TrainConfig,
         timesteps: AnnealedTimestepSampler,
     }
 
     impl Step {
-        fn new(loss: AlignmentLoss, lora_scale: f64) -> Result<Self> {
+        pub fn new(loss: AlignmentLoss, lora_scale: f64) -> Result<Self> {
             let base = mini::tiny_base(1, DType::F64, &Device::Cpu)?;
             let mut config = TrainConfig::mini();
             config.lookahead.alignment = AlignmentConfig { loss, guidance_scale: 2.0, ..AlignmentConfig::default() };
@@ -168,7 +168,7 @@ mod tests {
             Ok(Step { base, encoder, parameters, config, timesteps })
         }
 
-        fn losses<'a>(&'a self, image_losses: &'a [(Box<dyn ImageLoss>, f64)]) -> StepLosses<'a> {
+        pub fn losses<'a>(&'a self, image_losses: &'a [(Box<dyn ImageLoss>, f64)]) -> StepLosses<'a> {
             StepLosses {
                 base: &self.base,
                 encoder: &self.encoder,
@@ -179,7 +179,7 @@ mod tests {
             }
         }
 
-        fn prepared(&self) -> Result<Prepared> {
+        pub fn prepared(&self) -> Result<Prepared> {
             let picture = |purpose| Address::new(4, purpose).uniform_tensor((2, 3, 32, 32), DType::F32, &Device::Cpu);
             let prompts = ["a photo of a face", "an oil painting of a face"].map(String::from).to_vec();
             let batch = data::Batch {
@@ -192,7 +192,7 @@ mod tests {
             self.losses(&[]).prepare(&batch, DRAW)
         }
 
-        fn lookahead(&self, report: &mut LossReport) -> Result<Option<Tensor>> {
+        fn lookahead(&self, report: &mut PendingReport) -> Result<Option<Tensor>> {
             self.losses(&[]).lookahead(&self.prepared()?, 1, DRAW, report)
         }
     }
@@ -202,9 +202,9 @@ mod tests {
         for (loss, name) in [(AlignmentLoss::Sds, "sds"), (AlignmentLoss::Consistency, "consistency")] {
             let mut step = Step::new(loss, 0.5)?;
             step.config.lookahead.alignment.weight = 3.0;
-            let (mut alternating, mut joint) = (LossReport::default(), LossReport::default());
+            let (mut alternating, mut joint) = (PendingReport::default(), PendingReport::default());
             let Some(total) = step.lookahead(&mut alternating)? else { panic!("nothing to train on") };
-            let Some((found, value)) = alternating.alignment else { panic!("no report") };
+            let Some((found, value)) = alternating.read()?.alignment else { panic!("no report") };
             assert_eq!(found, name);
             assert!(value > 1e-6 && (total.to_scalar::<f64>()? - 3.0 * value).abs() < 1e-12 * value, "{value}");
             let gradients = total.backward()?;
@@ -213,6 +213,7 @@ mod tests {
             }
 
             let total = step.losses(&[]).joint(&step.prepared()?, 1, DRAW, true, &mut joint)?.to_scalar::<f64>()?;
+            let joint = joint.read()?;
             let (Some(diffusion), Some((_, value))) = (joint.diffusion, joint.alignment) else { panic!("no report") };
             assert!((total - diffusion - 3.0 * value).abs() < 1e-12 * total, "{total}");
         }
@@ -223,10 +224,10 @@ mod tests {
     fn with_a_weight_of_zero_it_is_reported_only() -> Result<()> {
         let mut step = Step::new(AlignmentLoss::Sds, 0.5)?;
         step.config.lookahead.alignment.weight = 0.0;
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         assert!(step.lookahead(&mut report)?.is_none() && report.alignment.is_some());
         step.config.lookahead.alignment.loss = AlignmentLoss::None;
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         assert!(step.lookahead(&mut report)?.is_none() && report.alignment.is_none());
         Ok(())
     }
@@ -234,7 +235,7 @@ mod tests {
     /// The gradients of the loss by every parameter, against finite differences of `factor mean((trained - target)^2)`,
     /// where the target stays what it was: neither loss differentiates its target.
     fn check(step: &Step, trained: impl Fn() -> Result<Tensor>, target: &Tensor, factor: f64) -> Result<()> {
-        let Some(loss) = step.lookahead(&mut LossReport::default())? else { panic!("nothing to train on") };
+        let Some(loss) = step.lookahead(&mut PendingReport::default())? else { panic!("nothing to train on") };
         let distance =
             || -> Result<f64> { Ok(((trained()? - target)?.sqr()?.mean_all()? * factor)?.to_scalar::<f64>()?) };
         let value = loss.to_scalar::<f64>()?;
@@ -305,7 +306,7 @@ mod tests {
         // With the same timesteps and dropped tokens both modes see the same.
         let losses = step.losses(&[]);
         let prepared = step.prepared()?;
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         losses.joint(&prepared, 1, DRAW, true, &mut report)?;
         let timesteps = losses.draw_timesteps(&step.timesteps, "timestep", &prepared, DRAW);
         let conditions = losses.conditions(&prepared, &timesteps, losses.address("kv drop", DRAW), false)?;
@@ -313,7 +314,7 @@ mod tests {
         let Some((_, expected)) = losses.alignment(&view, &losses.lcm_pass(&view, Some(1.0))?, DRAW)? else {
             panic!("none")
         };
-        let (expected, found) = (expected.to_scalar::<f64>()?, report.alignment.map(|(_, value)| value));
+        let (expected, found) = (expected.to_scalar::<f64>()?, report.read()?.alignment.map(|(_, value)| value));
         assert!(found.is_some_and(|found| (found - expected).abs() < 1e-12 * expected), "{found:?} and {expected}");
         Ok(())
     }

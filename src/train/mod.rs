@@ -36,6 +36,6 @@ pub use metrics::MetricsWriter;
 pub use optimizer::{AdamW, AdamWConfig, ParameterGroup};
 pub use pixel_font::{GLYPH_HEIGHT, GLYPH_WIDTH, draw_text, text_width};
 pub use progress::Progress;
-pub use report::{LossReport, StepReport};
+pub use report::{LossReport, PendingReport, StepReport};
 pub use step::{Prepared, StepLosses};
 pub use trainer::{AdapterInit, Trainer};

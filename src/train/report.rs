@@ -1,5 +1,69 @@
 //! What a training step came to.
 
+use candle_core::{DType, Tensor};
+
+use crate::Result;
+
+/// A scalar that has been computed, or will be: on a GPU the host goes on while the number is on its way.
+#[derive(Debug)]
+pub(super) enum Reading {
+    Known(f64),
+    #[cfg(feature = "cuda")]
+    OnItsWay(crate::cuda::Reading),
+}
+
+impl Reading {
+    pub fn start(scalar: &Tensor) -> Result<Self> {
+        let scalar = scalar.detach();
+        #[cfg(feature = "cuda")]
+        if scalar.device().is_cuda() {
+            return Ok(Reading::OnItsWay(crate::cuda::Reading::start(&crate::ops::widen(&scalar)?)?));
+        }
+        Ok(Reading::Known(scalar.to_dtype(DType::F64)?.to_scalar()?))
+    }
+
+    pub fn wait(&self) -> Result<f64> {
+        match self {
+            Reading::Known(value) => Ok(*value),
+            #[cfg(feature = "cuda")]
+            Reading::OnItsWay(reading) => reading.wait(),
+        }
+    }
+}
+
+/// What a step's losses come to, as far as it was computed: on a GPU that is still going on, and whoever reads the numbers
+/// waits for it. So it is best to ask for gradients first.
+#[derive(Debug, Default)]
+pub struct PendingReport {
+    pub(super) diffusion: Option<Reading>,
+    pub(super) lookahead: Vec<(String, Reading, usize)>,
+    pub(super) alignment: Option<(&'static str, Reading)>,
+    pub(super) lora_scale: Option<f64>,
+}
+
+impl PendingReport {
+    /// The numbers, as soon as they are there.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn read(&self) -> Result<LossReport> {
+        Ok(LossReport {
+            diffusion: self.diffusion.as_ref().map(Reading::wait).transpose()?,
+            lookahead: self
+                .lookahead
+                .iter()
+                .map(|(name, value, counted)| Ok((name.clone(), value.wait()?, *counted)))
+                .collect::<Result<_>>()?,
+            alignment: self
+                .alignment
+                .as_ref()
+                .map(|(name, value)| Ok::<_, crate::Error>((*name, value.wait()?)))
+                .transpose()?,
+            lora_scale: self.lora_scale,
+        })
+    }
+}
+
 /// What a step's losses came to.
 #[derive(Clone, Debug, Default)]
 pub struct LossReport {

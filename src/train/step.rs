@@ -2,11 +2,14 @@
 
 use candle_core::Tensor;
 
-use super::{LossReport, TrainConfig};
+use super::config::AlignmentLoss;
+use super::report::Reading;
+use super::{PendingReport, TrainConfig};
 use crate::Result;
+use crate::autograd::{differentiates, taped_once};
 use crate::data::Batch;
 use crate::lookahead::dropout::{ReferenceDropout, drop_image_tokens, drop_text};
-use crate::lookahead::{AdapterTokens, Base, FaceEncoder, ImageLoss, PreviewPath, preview};
+use crate::lookahead::{Base, FaceEncoder, ImageLoss, PreviewPath, preview};
 use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
 use crate::nn::Loras;
 use crate::ops;
@@ -24,7 +27,7 @@ pub struct Prepared {
     /// The noise both are noised with; f32 beside latents of bf16 or f16.
     pub(super) noise: Tensor,
     features: Tensor,
-    null_features: Tensor,
+    pub(super) null_features: Tensor,
     pub(super) text: Conditioning,
     encoder_text: Conditioning,
 }
@@ -88,10 +91,14 @@ impl StepLosses<'_> {
     ///
     /// # Errors
     /// Those of the networks.
-    pub fn diffusion(&self, prepared: &Prepared, draw: u64, report: &mut LossReport) -> Result<Tensor> {
+    pub fn diffusion(&self, prepared: &Prepared, draw: u64, report: &mut PendingReport) -> Result<Tensor> {
         let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
-        let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
-        Ok(self.diffusion_loss(prepared, &timesteps, &conditions, report)?.0)
+        let (_, [noise_prediction]) = self.passes(|| {
+            let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
+            let noise_prediction = self.denoise(prepared, &timesteps, &conditions, Loras::none())?;
+            Ok((conditions, [noise_prediction]))
+        })?;
+        self.diffusion_loss(prepared, &noise_prediction, report)
     }
 
     /// The lookahead loss alone, on timesteps of its own and without adapter dropout (official code, update B), weighted.
@@ -103,14 +110,19 @@ impl StepLosses<'_> {
         prepared: &Prepared,
         step: u64,
         draw: u64,
-        report: &mut LossReport,
+        report: &mut PendingReport,
     ) -> Result<Option<Tensor>> {
         let count = self.config.lookahead.batch_size.min(prepared.text.batch());
         let prepared = prepared.narrow(count)?;
         let timesteps = self.draw_timesteps(self.lookahead_timesteps, "lookahead timestep", &prepared, draw);
-        let conditions = self.conditions(&prepared, &timesteps, self.address("lookahead kv drop", draw), false)?;
+        let lora_scale = self.lora_scale(step);
+        let (conditions, [ahead]) = self.passes(|| {
+            let conditions = self.conditions(&prepared, &timesteps, self.address("lookahead kv drop", draw), false)?;
+            let ahead = self.denoise(&prepared, &timesteps, &conditions, self.lcm_loras(lora_scale))?;
+            Ok((conditions, [ahead]))
+        })?;
         let view = View { prepared: &prepared, timesteps: &timesteps, conditions: &conditions, noise_prediction: None };
-        self.lookahead_loss(&view, step, draw, report)
+        self.lookahead_loss(&view, self.look_ahead(&view, ahead, lora_scale)?, draw, report)
     }
 
     /// Both losses on the same noised latents with one run of the KV encoder (the paper's text): their weighted sum.
@@ -125,28 +137,60 @@ impl StepLosses<'_> {
         step: u64,
         draw: u64,
         lookahead: bool,
-        report: &mut LossReport,
+        report: &mut PendingReport,
     ) -> Result<Tensor> {
         let timesteps = self.draw_timesteps(self.diffusion_timesteps, "timestep", prepared, draw);
-        let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
-        let (diffusion, noise_prediction) = self.diffusion_loss(prepared, &timesteps, &conditions, report)?;
-        if !lookahead {
-            return Ok(diffusion);
-        }
         let limit = self.config.timesteps.lcm_max_timestep;
-        let chosen: Vec<usize> = (0..timesteps.len()).filter(|i| timesteps[*i] < limit).collect();
-        let chosen = &chosen[..chosen.len().min(self.config.lookahead.batch_size)];
+        let mut chosen: Vec<usize> = (0..timesteps.len()).filter(|i| lookahead && timesteps[*i] < limit).collect();
+        chosen.truncate(self.config.lookahead.batch_size);
         if chosen.is_empty() {
-            return Ok(diffusion);
+            return self.diffusion(prepared, draw, report);
         }
         let chosen_timesteps: Vec<usize> = chosen.iter().map(|i| timesteps[*i]).collect();
-        let (prepared, conditions) = (prepared.select(chosen)?, conditions.select(chosen)?);
-        let noise_prediction = Some(select(&noise_prediction, chosen)?);
-        let view =
-            View { prepared: &prepared, timesteps: &chosen_timesteps, conditions: &conditions, noise_prediction };
-        match self.lookahead_loss(&view, step, draw, report)? {
+        let (chosen_prepared, lora_scale) = (prepared.select(&chosen)?, self.lora_scale(step));
+        let (conditions, [noise_prediction, ahead]) = self.passes(|| {
+            let conditions = self.conditions(prepared, &timesteps, self.address("kv drop", draw), true)?;
+            let noise_prediction = self.denoise(prepared, &timesteps, &conditions, Loras::none())?;
+            let conditions = conditions.select(&chosen)?;
+            let loras = self.lcm_loras(lora_scale);
+            let ahead = self.denoise(&chosen_prepared, &chosen_timesteps, &conditions, loras)?;
+            Ok((conditions, [noise_prediction, ahead]))
+        })?;
+        let diffusion = self.diffusion_loss(prepared, &noise_prediction, report)?;
+        let view = View {
+            prepared: &chosen_prepared,
+            timesteps: &chosen_timesteps,
+            conditions: &conditions,
+            noise_prediction: Some(ops::select_samples(&noise_prediction.detach(), &chosen)?),
+        };
+        match self.lookahead_loss(&view, self.look_ahead(&view, ahead, lora_scale)?, draw, report)? {
             Some(lookahead) => Ok((diffusion + lookahead)?),
             None => Ok(diffusion),
+        }
+    }
+
+    /// Runs the passes of a step through the U-Net, for the conditions of the last one and the noise predictions: on one
+    /// tape, where these are to be differentiated. The gradients of the hundreds of keys and values that go from pass to
+    /// pass then never meet candle's graph. The conditions are no part of any graph then.
+    fn passes<const N: usize>(
+        &self,
+        run: impl Fn() -> Result<(Conditions, [Tensor; N])>,
+    ) -> Result<(Conditions, [Tensor; N])> {
+        // The loss that keeps the path aligned looks at the conditions again.
+        let looks_again = self.config.lookahead.alignment.loss != AlignmentLoss::None;
+        if looks_again || !differentiates() {
+            return run();
+        }
+        let mut seen = None;
+        let predictions = taped_once(|| {
+            let (conditions, predictions) = run()?;
+            seen = Some(conditions.detached()?);
+            Ok(predictions.into())
+        })?;
+        match (seen, predictions.try_into()) {
+            (Some(conditions), Ok(predictions)) => Ok((conditions, predictions)),
+            // Not reached: the segment has run, and its predictions are as many as they were.
+            _ => run(),
         }
     }
 
@@ -169,20 +213,21 @@ impl StepLosses<'_> {
         drop_adapter: bool,
     ) -> Result<Conditions> {
         let (base, config) = (self.base, self.config);
-        let AdapterTokens { conditional, unconditional } =
-            self.encoder.tokens(&prepared.features, &prepared.null_features)?;
-        let tokens = match drop_adapter {
+        // First what keeps a GPU busy for long: the many small operations behind it are then launched meanwhile.
+        let reference = self.reference(prepared, timesteps, kv_drop)?;
+        // Dropped as features: the tokens of a picture depend on no other's.
+        let features = match drop_adapter {
             true => {
                 let chance = config.dropout.adapter_drop_chance;
                 let address = Address { purpose: "adapter drop", ..kv_drop };
-                drop_image_tokens(&conditional, &unconditional, chance, address)?
+                drop_image_tokens(&prepared.features, &prepared.null_features, chance, address)?
             }
-            false => conditional,
+            false => prepared.features.clone(),
         };
+        let tokens = self.encoder.resample(&features)?;
         let image_tokens = self.encoder.image_tokens(&tokens, config.adapter.adapter_attention_scale)?;
-        let reference = self.reference(prepared, timesteps, kv_drop)?;
         let noised = base.schedule.add_noise(&prepared.target_latents, &prepared.noise, timesteps)?;
-        Ok(Conditions { noised, image_tokens, unconditional, reference, kv_drop })
+        Ok(Conditions { noised, image_tokens, reference, kv_drop })
     }
 
     /// The keys and values of the conditioning images at these timesteps, where the encoder has a KV branch.
@@ -216,36 +261,59 @@ impl StepLosses<'_> {
         }
     }
 
-    /// Equation 2, and the noise prediction it judges.
-    fn diffusion_loss(
+    /// The noise prediction under the conditions.
+    fn denoise(
         &self,
         prepared: &Prepared,
         timesteps: &[usize],
         conditions: &Conditions,
-        report: &mut LossReport,
-    ) -> Result<(Tensor, Tensor)> {
-        let pass = self.pass(conditions, Loras::none());
-        let noise_prediction = self.base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)?;
-        let loss = (ops::widen(&noise_prediction)? - &prepared.noise)?.sqr()?.mean_all()?;
-        report.diffusion = Some(scalar(&loss)?);
-        Ok((loss, noise_prediction.detach()))
+        loras: Loras,
+    ) -> Result<Tensor> {
+        let pass = self.pass(conditions, loras);
+        self.base.unet.forward(&conditions.noised, timesteps, &prepared.text, &pass)
+    }
+
+    /// Equation 2 of a noise prediction.
+    fn diffusion_loss(
+        &self,
+        prepared: &Prepared,
+        noise_prediction: &Tensor,
+        report: &mut PendingReport,
+    ) -> Result<Tensor> {
+        let loss = (ops::widen(noise_prediction)? - &prepared.noise)?.sqr()?.mean_all()?;
+        report.diffusion = Some(Reading::start(&loss)?);
+        Ok(loss)
+    }
+
+    /// Scale of the LCM-LoRA in a step's lookahead; `None` where the path does not go through it.
+    fn lora_scale(&self, step: u64) -> Option<f64> {
+        let config = &self.config.lookahead;
+        match config.through {
+            PreviewPath::Lcm => Some(config.lora_scale.at(self.config.seed, step)),
+            PreviewPath::X0 => None,
+        }
+    }
+
+    fn lcm_loras(&self, lora_scale: Option<f64>) -> Loras {
+        lora_scale.map_or_else(Loras::none, |scale| Loras::one(&self.base.lcm_lora, scale))
     }
 
     /// Equation 4, and the loss that keeps the path aligned; `None` where nothing is to be trained on.
-    fn lookahead_loss(&self, view: &View<'_>, step: u64, draw: u64, report: &mut LossReport) -> Result<Option<Tensor>> {
-        let (base, config) = (self.base, &self.config.lookahead);
-        let lora_scale = match config.through {
-            PreviewPath::Lcm => Some(config.lora_scale.at(self.config.seed, step)),
-            PreviewPath::X0 => None,
-        };
+    fn lookahead_loss(
+        &self,
+        view: &View<'_>,
+        lcm: LcmPass,
+        draw: u64,
+        report: &mut PendingReport,
+    ) -> Result<Option<Tensor>> {
+        let (base, config, lora_scale) = (self.base, &self.config.lookahead, lcm.lora_scale);
         report.lora_scale = lora_scale;
-        let lcm = self.lcm_pass(view, lora_scale)?;
         let previews = base.preview_decoder.decode(&lcm.previews)?;
         let factor = lora_scale.filter(|_| config.scale_loss_by_lora_scale).unwrap_or(1.0);
         let mut total: Option<Tensor> = None;
         for (loss, weight) in self.image_losses {
             let value = loss.loss(&previews, &view.prepared.conditioning_images)?;
-            report.lookahead.push((loss.name().to_string(), scalar(&value.loss)?, value.counted));
+            report.lookahead.push((loss.name().to_string(), Reading::start(&value.loss)?, value.counted));
             if value.counted > 0 && *weight > 0.0 {
                 let weighted = (ops::widen(&value.loss)? * (weight * factor))?;
                 total = Some(match total {
@@ -255,7 +323,7 @@ impl StepLosses<'_> {
             }
         }
         if let Some((name, loss)) = self.alignment(view, &lcm, draw)? {
-            report.alignment = Some((name, scalar(&loss)?));
+            report.alignment = Some((name, Reading::start(&loss)?));
             if config.alignment.weight > 0.0 {
                 let weighted = (loss * config.alignment.weight)?;
                 total = Some(match total {
@@ -268,14 +336,17 @@ impl StepLosses<'_> {
     }
 
     /// Equation 3, or the same without the LCM-LoRA where it has no scale.
-    pub(super) fn lcm_pass(&self, view: &View<'_>, lora_scale: Option<f64>) -> Result<LcmPass> {
-        let (base, noised, timesteps) = (self.base, &view.conditions.noised, view.timesteps);
-        let loras = lora_scale.map_or_else(Loras::none, |scale| Loras::one(&base.lcm_lora, scale));
-        let pass = self.pass(view.conditions, loras);
-        let noise_prediction = base.unet.forward(noised, timesteps, &view.prepared.text, &pass)?;
-        let form = self.config.lookahead.preview_form;
-        let previews = preview(&base.schedule, noised, &noise_prediction, timesteps, form)?;
+    fn look_ahead(&self, view: &View<'_>, noise_prediction: Tensor, lora_scale: Option<f64>) -> Result<LcmPass> {
+        let (schedule, form) = (&self.base.schedule, self.config.lookahead.preview_form);
+        let previews = preview(schedule, &view.conditions.noised, &noise_prediction, view.timesteps, form)?;
         Ok(LcmPass { noise_prediction, previews, lora_scale })
+    }
+
+    /// The pass for it, and what becomes of it.
+    #[cfg(test)]
+    pub(super) fn lcm_pass(&self, view: &View<'_>, lora_scale: Option<f64>) -> Result<LcmPass> {
+        let prediction = self.denoise(view.prepared, view.timesteps, view.conditions, self.lcm_loras(lora_scale))?;
+        self.look_ahead(view, prediction, lora_scale)
     }
 }
 
@@ -301,8 +372,6 @@ pub(super) struct LcmPass {
 pub(super) struct Conditions {
     pub(super) noised: Tensor,
     pub(super) image_tokens: ImageTokens,
-    /// The tokens of no image, `(1, tokens, width)`.
-    pub(super) unconditional: Tensor,
     pub(super) reference: Option<KeyValues>,
     /// Where it was drawn which reference tokens are dropped.
     pub(super) kv_drop: Address,
@@ -310,14 +379,22 @@ pub(super) struct Conditions {
 
 impl Conditions {
     fn select(&self, samples: &[usize]) -> Result<Conditions> {
-        let key_values = |key_values: &KeyValues| key_values.map(|_, tensor| select(tensor, samples));
+        self.map(|tensor| ops::select_samples(tensor, samples))
+    }
+
+    /// The same, no part of any graph.
+    fn detached(&self) -> Result<Conditions> {
+        self.map(|tensor| Ok(tensor.detach()))
+    }
+
+    fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Conditions> {
+        let key_values = |key_values: &KeyValues| key_values.map(|_, tensor| change(tensor));
         Ok(Conditions {
-            noised: select(&self.noised, samples)?,
+            noised: change(&self.noised)?,
             image_tokens: ImageTokens {
                 key_values: key_values(&self.image_tokens.key_values)?,
                 scale: self.image_tokens.scale,
             },
-            unconditional: self.unconditional.clone(),
             reference: self.reference.as_ref().map(key_values).transpose()?,
             kv_drop: self.kv_drop,
         })
@@ -332,17 +409,17 @@ impl Prepared {
     fn select(&self, samples: &[usize]) -> Result<Prepared> {
         let text = |conditioning: &Conditioning| -> Result<Conditioning> {
             Ok(Conditioning {
-                hidden_states: select(&conditioning.hidden_states, samples)?,
-                pooled: select(&conditioning.pooled, samples)?,
+                hidden_states: ops::select_samples(&conditioning.hidden_states, samples)?,
+                pooled: ops::select_samples(&conditioning.pooled, samples)?,
                 time_ids: samples.iter().map(|i| conditioning.time_ids[*i]).collect(),
             })
         };
         Ok(Prepared {
-            target_latents: select(&self.target_latents, samples)?,
-            conditioning_latents: select(&self.conditioning_latents, samples)?,
-            conditioning_images: select(&self.conditioning_images, samples)?,
-            noise: select(&self.noise, samples)?,
-            features: select(&self.features, samples)?,
+            target_latents: ops::select_samples(&self.target_latents, samples)?,
+            conditioning_latents: ops::select_samples(&self.conditioning_latents, samples)?,
+            conditioning_images: ops::select_samples(&self.conditioning_images, samples)?,
+            noise: ops::select_samples(&self.noise, samples)?,
+            features: ops::select_samples(&self.features, samples)?,
             null_features: self.null_features.clone(),
             text: text(&self.text)?,
             encoder_text: text(&self.encoder_text)?,
@@ -350,16 +427,88 @@ impl Prepared {
     }
 }
 
-/// The samples of a batch at these places; the tensor itself where they are all of them.
-fn select(tensor: &Tensor, samples: &[usize]) -> Result<Tensor> {
-    if samples.iter().copied().eq(0..tensor.dim(0)?) {
-        return Ok(tensor.clone());
-    }
-    let samples: Vec<u32> = samples.iter().map(|i| *i as u32).collect();
-    let samples = Tensor::new(samples, tensor.device())?;
-    Ok(tensor.index_select(&samples, 0)?)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::{gradients, tape};
+    use crate::lookahead::LossValue;
+    use crate::train::alignment::tests::{DRAW, Step};
 
-fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(tensor.detach().to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?)
+    /// The mean squared difference.
+    struct Distance;
+
+    impl ImageLoss for Distance {
+        fn name(&self) -> &str {
+            "distance"
+        }
+
+        fn loss(&self, previews: &Tensor, conditioning_images: &Tensor) -> Result<LossValue> {
+            let counted = previews.dim(0)?;
+            let difference = (previews - conditioning_images.to_dtype(previews.dtype())?)?;
+            Ok(LossValue { loss: difference.sqr()?.mean_all()?, counted })
+        }
+    }
+
+    /// Steps that differ in what is dropped, recomputed, and which samples the lookahead loss takes.
+    fn steps() -> Result<Vec<Step>> {
+        let mut steps = Vec::new();
+        for (adapter_drop, limit, recompute) in [(0.0, 1000, false), (0.5, 1000, true), (1.0, 400, true)] {
+            let mut step = Step::new(AlignmentLoss::None, 0.5)?;
+            step.config.dropout.adapter_drop_chance = adapter_drop;
+            step.config.timesteps.lcm_max_timestep = limit;
+            step.config.lookahead.batch_size = 2;
+            step.config.recompute = recompute;
+            steps.push(step);
+        }
+        Ok(steps)
+    }
+
+    #[test]
+    fn losses_and_gradients_on_one_tape_equal_those_of_candles_graph() -> Result<()> {
+        let image_losses: Vec<(Box<dyn ImageLoss>, f64)> = vec![(Box::new(Distance), 0.7)];
+        for step in steps()? {
+            let (losses, prepared) = (step.losses(&image_losses), step.prepared()?);
+            let total = |joint: bool, report: &mut PendingReport| -> Result<Tensor> {
+                if joint {
+                    return losses.joint(&prepared, 1, DRAW, true, report);
+                }
+                let diffusion = losses.diffusion(&prepared, DRAW, report)?;
+                let lookahead = losses.lookahead(&prepared, 1, DRAW, report)?;
+                Ok(lookahead.map_or(Ok(diffusion.clone()), |lookahead| diffusion + lookahead)?)
+            };
+            for joint in [true, false] {
+                let (mut plain, mut taped) = (PendingReport::default(), PendingReport::default());
+                let expected = total(joint, &mut plain)?.backward()?;
+                let found = gradients(|| total(joint, &mut taped).map(Some))?;
+                let Some(found) = found else { panic!("no gradients") };
+                let (plain, taped) = (plain.read()?, taped.read()?);
+                assert!(plain.diffusion.is_some() && !plain.lookahead.is_empty());
+                assert_eq!((plain.diffusion, plain.lookahead), (taped.diffusion, taped.lookahead));
+                for (name, variable) in step.parameters.all() {
+                    let Some(expected) = expected.get(&variable) else { panic!("no gradient for {name}") };
+                    let Some(found) = found.get(&variable) else { panic!("none for {name} on the tape") };
+                    let size = expected.abs()?.max_all()?.to_scalar::<f64>()?;
+                    let error = (expected - found)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                    assert!(error <= 1e-11 * size, "{name}: {error} of {size}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn all_passes_of_a_step_stay_on_one_tape() -> Result<()> {
+        for step in steps()? {
+            let (losses, prepared) = (step.losses(&[]), step.prepared()?);
+            let chosen = prepared.select(&[1])?;
+            let recording = tape::record(&[], |_| {
+                let conditions = losses.conditions(&prepared, &[700, 300], losses.address("kv drop", DRAW), true)?;
+                let first = losses.denoise(&prepared, &[700, 300], &conditions, Loras::none())?;
+                let conditions = conditions.select(&[1])?;
+                Ok(vec![first, losses.denoise(&chosen, &[300], &conditions, losses.lcm_loras(Some(0.5)))?])
+            });
+            assert_eq!(recording?.outputs().len(), 2);
+        }
+        Ok(())
+    }
 }

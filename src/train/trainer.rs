@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::config::UpdateMode;
-use super::report::{LossReport, StepReport};
+use super::report::{LossReport, PendingReport, Reading, StepReport};
 use super::step::{Prepared, StepLosses};
 use super::validation::Validation;
 use super::{AdamW, AdamWConfig, Checkpoint, Ema, Gradients, MetricsWriter, ParameterGroup, Progress, TrainConfig};
@@ -277,9 +277,9 @@ impl Trainer {
             let batches = self.prepare(step)?;
             let mut report = LossReport::default();
             for (draw, prepared) in &batches {
-                let mut part = LossReport::default();
+                let mut part = PendingReport::default();
                 self.losses().joint(prepared, step, *draw, true, &mut part)?;
-                report.add(part, batches.len() as u64);
+                report.add(part.read()?, batches.len() as u64);
             }
             Ok(report)
         })
@@ -302,25 +302,25 @@ impl Trainer {
         &self,
         batches: &[(u64, Prepared)],
         report: &mut LossReport,
-        loss: impl Fn(&StepLosses<'_>, &Prepared, u64, &mut LossReport) -> Result<Option<Tensor>>,
+        loss: impl Fn(&StepLosses<'_>, &Prepared, u64, &mut PendingReport) -> Result<Option<Tensor>>,
     ) -> Result<Gradients> {
         let mut gradients = Gradients::new();
         for (draw, prepared) in batches {
-            let mut part = LossReport::default();
+            let (mut part, mut total) = (PendingReport::default(), None);
             let store = autograd::gradients(|| {
                 let loss = loss(&self.losses(), prepared, *draw, &mut part)?;
-                if let Some(loss) = &loss {
-                    let value = loss.detach().to_dtype(DType::F64)?.to_scalar::<f64>()?;
-                    if !value.is_finite() {
-                        return Err(Error::Training { step: self.step, reason: format!("the loss is {value}") });
-                    }
-                }
+                total = loss.as_ref().map(Reading::start).transpose()?;
                 Ok(loss)
             })?;
+            // Asked for behind the backward pass, which is then on its way.
+            let value = total.map_or(Ok(0.0), |total| total.wait())?;
+            if !value.is_finite() {
+                return Err(Error::Training { step: self.step, reason: format!("the loss is {value}") });
+            }
             if let Some(store) = store {
                 gradients.accumulate(Gradients::extract(&store, &self.trained))?;
             }
-            report.add(part, batches.len() as u64);
+            report.add(part.read()?, batches.len() as u64);
         }
         if batches.len() > 1 {
             gradients.scale(1.0 / batches.len() as f64)?;

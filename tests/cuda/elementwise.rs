@@ -66,6 +66,17 @@ fn pointwise_operations_equal_the_cpu() -> Result<()> {
 }
 
 #[test]
+fn squeeze_and_excitation_equals_the_cpu() -> Result<()> {
+    for (batch, height, width, channels) in [(2, 5, 7, 32), (1, 1, 1, 5), (3, 14, 14, 256), (2, 9, 4, 12)] {
+        let (x, one) = ([batch, height, width, channels], [batch, 1, 1, channels]);
+        let inputs = [random("x", &x), random("logits", &one), random("addend", &x)];
+        compare(&format!("gated_sum {x:?}"), &inputs, |t| ops::gated_sum(&t[0], &t[1], &t[2]))?;
+        compare(&format!("mean_pixels {x:?}"), &inputs[..1], |t| ops::mean_pixels(&t[0]))?;
+    }
+    Ok(())
+}
+
+#[test]
 fn selected_tokens_equal_the_cpu() -> Result<()> {
     for (channels, kept) in [(32, vec![0, 2, 3, 10]), (5, vec![12]), (640, (0..13).step_by(2).collect())] {
         let on_cpu = TokenSelection::new(kept.clone(), 13, &Device::Cpu)?;

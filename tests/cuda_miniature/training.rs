@@ -12,7 +12,7 @@ use lcm_lookahead::nn::{Parameters, Weights};
 use lcm_lookahead::random::Address;
 use lcm_lookahead::schedule::AnnealedTimestepSampler;
 use lcm_lookahead::train::config::UpdateMode;
-use lcm_lookahead::train::{AdapterInit, LossReport, StepLosses, TrainConfig, Trainer};
+use lcm_lookahead::train::{AdapterInit, LossReport, PendingReport, StepLosses, TrainConfig, Trainer};
 use lcm_lookahead::{cuda, mini};
 
 use crate::common::{FACE, FixedLocator, tiny_adapter, tiny_config};
@@ -123,14 +123,14 @@ impl Step {
             diffusion_timesteps: &sampler,
             lookahead_timesteps: &sampler,
         };
-        let mut report = LossReport::default();
+        let mut report = PendingReport::default();
         let prepared = losses.prepare(&self.batch, 3)?;
         let store = losses.joint(&prepared, 1, 3, true, &mut report)?.backward()?;
         let gradient = |(name, variable): (String, candle_core::Var)| {
             let gradient = store.get(&variable).unwrap_or_else(|| panic!("no gradient for {name}")).clone();
             (name, gradient)
         };
-        Ok((report, self.parameters.all().into_iter().map(gradient).collect()))
+        Ok((report.read()?, self.parameters.all().into_iter().map(gradient).collect()))
     }
 }
 

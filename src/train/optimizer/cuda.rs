@@ -60,10 +60,24 @@ pub(in crate::train) struct Part<'a> {
     pub average: Option<(&'a Tensor, f64)>,
 }
 
-/// Clips the gradients to a norm (0: not at all), and updates parameters, moments and averages in place. Returns the
-/// norm before clipping; where it is not finite nothing was changed.
-pub(in crate::train) fn step(parts: &[Part<'_>], max_norm: f64) -> Result<f64> {
-    let Some(first) = parts.first() else { return Ok(0.0) };
+/// The norm of the gradients of a step that has been launched.
+pub(in crate::train) struct Norm(Option<Tensor>);
+
+impl Norm {
+    /// Waits for the step, and returns the norm before clipping; where it is not finite nothing was changed.
+    pub fn wait(self) -> Result<f64> {
+        let Some(report) = self.0 else { return Ok(0.0) };
+        let report = report.to_vec1::<u8>()?;
+        let mut norm = [0; 8];
+        norm.copy_from_slice(&report[..8]);
+        Ok(f64::from_ne_bytes(norm))
+    }
+}
+
+/// Clips the gradients to a norm (0: not at all), and updates parameters, moments and averages in place. What the step
+/// needs may be dropped before it is waited for.
+pub(in crate::train) fn step(parts: &[Part<'_>], max_norm: f64) -> Result<Norm> {
+    let Some(first) = parts.first() else { return Ok(Norm(None)) };
     let device = cuda_device(NAME, first.parameter)?;
     let at = |tensor: &Tensor| Ok::<u64, crate::Error>(pointer(NAME, tensor)? as u64);
     let mut bytes = Vec::with_capacity(parts.len() * size_of::<Entry>());
@@ -112,7 +126,7 @@ pub(in crate::train) fn step(parts: &[Part<'_>], max_norm: f64) -> Result<f64> {
     }
     let entries = upload(&device, &bytes)?;
     let report = Buffer::new(&device, REPORT, DType::U8)?;
-    // SAFETY: the entries point to tensors of the lengths stated, alive until the report is read below.
+    // SAFETY: the entries point to tensors of the lengths stated; their memory is given back in the order of the stream.
     let status = unsafe {
         let workspace = Buffer::bytes(&device, lcm_adamw_workspace(chunks as i64))?;
         lcm_adamw_step(
@@ -127,8 +141,5 @@ pub(in crate::train) fn step(parts: &[Part<'_>], max_norm: f64) -> Result<f64> {
         )
     };
     check(NAME, status)?;
-    let report = report.into_tensor().to_vec1::<u8>()?;
-    let mut norm = [0; 8];
-    norm.copy_from_slice(&report[..8]);
-    Ok(f64::from_ne_bytes(norm))
+    Ok(Norm(Some(report.into_tensor())))
 }

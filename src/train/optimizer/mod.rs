@@ -119,7 +119,7 @@ impl AdamW {
         self.check(gradients)?;
         #[cfg(feature = "cuda")]
         if self.is_on_gpu() {
-            return self.step_on_gpu(gradients, lr_factor, 0.0).map(|_| ());
+            return self.step_on_gpu(gradients.clone(), lr_factor, 0.0).map(|_| ());
         }
         self.step_count += 1;
         for group in &mut self.groups {
@@ -144,7 +144,7 @@ impl AdamW {
         self.check(&gradients)?;
         #[cfg(feature = "cuda")]
         if self.is_on_gpu() {
-            return self.step_on_gpu(&gradients, lr_factor, max_norm);
+            return self.step_on_gpu(gradients, lr_factor, max_norm);
         }
         let norm = gradients.clip(max_norm)?;
         if norm.is_finite() {
@@ -162,7 +162,7 @@ impl AdamW {
     }
 
     #[cfg(feature = "cuda")]
-    fn step_on_gpu(&mut self, gradients: &Gradients, lr_factor: f64, max_norm: f64) -> Result<f64> {
+    fn step_on_gpu(&mut self, gradients: Gradients, lr_factor: f64, max_norm: f64) -> Result<f64> {
         let mut updates = Vec::new();
         for group in &self.groups {
             for slot in &group.slots {
@@ -186,10 +186,16 @@ impl AdamW {
             })
             .collect();
         let norm = cuda::step(&parts, max_norm)?;
+        let stepped: Vec<bool> = self.slots().map(|slot| gradients.get(&slot.name).is_some()).collect();
+        // A thousand tensors are freed while the GPU works, not while the next step should begin.
+        drop(parts);
+        drop(updates);
+        drop(gradients);
+        let norm = norm.wait()?;
         if norm.is_finite() {
             self.step_count += 1;
-            for slot in self.groups.iter_mut().flat_map(|group| &mut group.slots) {
-                slot.step += u64::from(gradients.get(&slot.name).is_some());
+            for (slot, stepped) in self.groups.iter_mut().flat_map(|group| &mut group.slots).zip(stepped) {
+                slot.step += u64::from(stepped);
             }
         }
         Ok(norm)
