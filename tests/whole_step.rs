@@ -116,7 +116,13 @@ fn step(fixture: &Fixture, recompute: bool) -> Result<Step> {
     let noised_conditioning = schedule.add_noise(fixture.get("input.conditioning_latents"), noise, &timesteps)?;
 
     let encoder_text = fixture.conditioning("input.encoder_text_embeddings", "input.encoder_pooled")?;
-    let reference = kv_encoder.encode(&unet, &noised_conditioning, &timesteps, &encoder_text, recompute)?;
+    let reference = kv_encoder.encode(
+        &unet,
+        &noised_conditioning,
+        &timesteps,
+        &encoder_text,
+        &Pass { recompute, ..Pass::default() },
+    )?;
     let image_tokens = ImageTokens { key_values: ip_adapter.project(tokens.as_tensor())?, scale: 1.0 };
     let first = "down_blocks.1.attentions.0.transformer_blocks.0";
     let last = "up_blocks.1.attentions.1.transformer_blocks.0";

@@ -88,7 +88,8 @@ impl KvEncoder {
     /// The keys and values of the conditioning image.
     ///
     /// `noisy_latents`: `(batch, channels, height, width)`, the conditioning image's latents noised to `timesteps`;
-    /// `conditioning`: the prompt that describes the conditioning image ("a photo of a face").
+    /// `conditioning`: the prompt that describes the conditioning image ("a photo of a face"); `pass`: which activations
+    /// are recomputed, and the like; its LoRA sets give way to the encoder's.
     ///
     /// # Errors
     /// Those of [`UNet::record`].
@@ -98,9 +99,9 @@ impl KvEncoder {
         noisy_latents: &Tensor,
         timesteps: &[usize],
         conditioning: &Conditioning,
-        recompute: bool,
+        pass: &Pass,
     ) -> Result<KeyValues> {
-        unet.record(noisy_latents, timesteps, conditioning, &self.pass(recompute), &self.recording)
+        unet.record(noisy_latents, timesteps, conditioning, &self.adapted(pass), &self.recording)
     }
 
     /// The same with tokens dropped, for training. Blocks that lose all of theirs are not among the result, which is empty
@@ -115,10 +116,10 @@ impl KvEncoder {
         timesteps: &[usize],
         conditioning: &Conditioning,
         dropout: &ReferenceDropout,
-        recompute: bool,
+        pass: &Pass,
     ) -> Result<KeyValues> {
         if dropout.probability <= 0.0 {
-            return self.encode(unet, noisy_latents, timesteps, conditioning, recompute);
+            return self.encode(unet, noisy_latents, timesteps, conditioning, pass);
         }
         let (_, _, height, width) = noisy_latents.dims4()?;
         let tokens: BTreeMap<String, usize> = unet.block_tokens(height, width).into_iter().collect();
@@ -138,11 +139,11 @@ impl KvEncoder {
         if recording.blocks.is_empty() {
             return Ok(KeyValues::default());
         }
-        unet.record(noisy_latents, timesteps, conditioning, &self.pass(recompute), &recording)
+        unet.record(noisy_latents, timesteps, conditioning, &self.adapted(pass), &recording)
     }
 
-    fn pass(&self, recompute: bool) -> Pass {
-        Pass { loras: Loras::one(&self.attention, 1.0), recompute, ..Pass::default() }
+    fn adapted(&self, pass: &Pass) -> Pass {
+        Pass { loras: Loras::one(&self.attention, 1.0), ..pass.clone() }
     }
 }
 
@@ -163,8 +164,8 @@ mod tests {
         let channels = base.unet.config().in_channels;
         let latents = Address::new(1, "latents").normal((2, channels, 8, 8), DType::F32, &Device::Cpu)?;
         let dropout = ReferenceDropout { probability, address: Address::new(1, "kv") };
-        let all = encoder.encode(&base.unet, &latents, &[500, 20], &text, false)?;
-        Ok((all, encoder.encode_dropping(&base.unet, &latents, &[500, 20], &text, &dropout, false)?))
+        let all = encoder.encode(&base.unet, &latents, &[500, 20], &text, &Pass::default())?;
+        Ok((all, encoder.encode_dropping(&base.unet, &latents, &[500, 20], &text, &dropout, &Pass::default())?))
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl Function for UnitVectors {
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {
-        value == Value::Outputs
+        value == Value::Output(0)
     }
 }
 

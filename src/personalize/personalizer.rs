@@ -304,7 +304,7 @@ impl Personalizer {
             true => base.schedule.add_noise(&latents, &of_each(&conditions.noise)?, &timesteps)?,
             false => latents,
         };
-        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, &text, false)?))
+        Ok(Some(kv_encoder.encode(&base.unet, &latents, &timesteps, &text, &Pass::default())?))
     }
 
     fn predict(

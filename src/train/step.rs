@@ -246,7 +246,8 @@ impl StepLosses<'_> {
         };
         let dropout = ReferenceDropout { probability: config.dropout.kv_drop_chance, address: kv_drop };
         let text = &prepared.encoder_text;
-        Ok(Some(kv_encoder.encode_dropping(&base.unet, &latents, timesteps, text, &dropout, config.recompute)?))
+        let pass = Pass { recompute: config.recompute, keep_attention: config.keep_attention, ..Pass::default() };
+        Ok(Some(kv_encoder.encode_dropping(&base.unet, &latents, timesteps, text, &dropout, &pass)?))
     }
 
     pub(super) fn pass(&self, conditions: &Conditions, loras: Loras) -> Pass {
