@@ -33,7 +33,8 @@ pub struct Options {
     /// further steps.
     pub reference_steps: usize,
     /// How many neighbouring steps share the keys and values of the reference, those of the step in their middle: 1
-    /// computes them for every step; n leaves out all but one of n passes of the KV encoder, and changes the pictures.
+    /// computes them for every step; n leaves out all but one of n passes of the KV encoder, and changes the pictures
+    /// (the example `bench_miniature references` measures by how much, and what likeness it costs).
     pub reference_interval: usize,
     /// FreeU in the denoiser (not in the KV encoder). The paper's authors switch it on for their published pictures
     /// ([`FreeU::official`]).
