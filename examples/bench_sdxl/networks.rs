@@ -37,12 +37,17 @@ pub struct RandomText {
 impl TextEncoder for RandomText {
     fn encode(&self, prompts: &[String]) -> Result<TextEmbeddings> {
         let ids: Vec<u32> = (0..77).map(|i| if i < 12 { 320 + i } else { 49407 }).collect();
-        let ids = Tensor::from_vec(ids.repeat(prompts.len()), (prompts.len(), 77), self.first.device())?;
+        let ids = Tensor::from_vec(ids.repeat(prompts.len()), (prompts.len(), 77), &Device::Cpu)?;
         let (first, second) = (self.first.forward(&ids)?, self.second.forward(&ids)?);
         Ok(TextEmbeddings {
             hidden_states: Tensor::cat(&[&first.hidden_states, &second.hidden_states], 2)?,
             pooled: second.pooled,
         })
+    }
+
+    // As SDXL's own encoders do.
+    fn encode_batches(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+        self.encode(&batches.concat())?.split(batches)
     }
 }
 

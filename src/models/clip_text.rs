@@ -101,8 +101,11 @@ pub struct TextEmbeddings {
 }
 
 impl TextEmbeddings {
-    /// The embeddings of prompts that were joined, taken apart again.
-    pub(super) fn split(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
+    /// The embeddings of batches of prompts that were joined, taken apart again.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] where there are fewer embeddings than prompts.
+    pub fn split(&self, batches: &[&[String]]) -> Result<Vec<TextEmbeddings>> {
         let mut start = 0;
         let part = |prompts: &&[String]| {
             let part = |tensor: &Tensor| tensor.narrow(0, start, prompts.len());

@@ -83,10 +83,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("gridd
 
 // ---- TMA: one thread starts the copy of a box; elements outside the tensor arrive as zeros ----
 
-// Has bytes of global memory brought to the second-level cache: both numbers are multiples of 16.
-__device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -7,17 +7,6 @@ namespace hopper_gemm {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Has the residual of a box brought to the second-level cache, where a tile covers all columns, so that a line of the box is one piece of memory.
-// The consumers read it when they have nothing else to do, and wait for all of it.
-template <int kRows, int kColumns> __device__ __forceinline__ void prefetch_residual(const Problem &p, const Box &box) {
-  if (p.columns > kColumns || p.residual_row != p.columns || p.stride != 1 || p.log_w + p.log_h != kBoxLog<kRows / 2> || box.sample >= p.samples) return;
-  const int pixels = min(1 << p.log_w, p.width - box.x), end = min(box.y + (1 << p.log_h), p.height);
-  for (int y = box.y; y < end && pixels > 0; ++y) {
-    const int64_t pixel = (static_cast<int64_t>(box.sample) * p.height + y) * p.width + box.x;
-    prefetch_bulk(at(p.residual, pixel * p.residual_row), pixels * p.columns * 2);
-  }
-}
-
 // The producer: one thread that keeps the stages filled.
 template <int kRows, int kColumns, bool kTransposed>
 __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint32_t full, uint32_t empty, int rank_m, int rank_n, int rank_k, int cluster, int clusters) {
@@ -31,7 +20,6 @@ __device__ __forceinline__ void produce(const Problem &p, uint32_t stages, uint3
   for (int index = cluster; index < p.tiles; index += clusters) {
     Tile tile = locate(p, index, rank_m, rank_n);
     Box box0 = locate_box<L::kBox>(p, 2 * tile.m), box1 = locate_box<L::kBox>(p, 2 * tile.m + 1);
-    if (p.residual && rank_n == 0 && rank_k == 0) prefetch_residual<kRows, kColumns>(p, box0), prefetch_residual<kRows, kColumns>(p, box1);
     int column = tile.n * kColumns;
     int steps = p.steps[tile.phase], step = steps * rank_k / p.split, end = steps * (rank_k + 1) / p.split;
     int t = p.first_tap[tile.phase], depth = step;
