@@ -15,8 +15,7 @@ pub use function::{Backward, Forward, Function, Output, Saves, Value, apply, app
 pub(crate) use function::{View, apply_views, dense};
 pub(crate) use leaves::active as differentiates;
 pub use leaves::gradients;
-pub(crate) use recompute::recompute_needed;
-pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping};
+pub use recompute::{Recomputations, recomputations, recompute, recompute_keeping, recompute_needed};
 pub(crate) use stack::on_pool;
 pub use stack::with_large_stack;
 pub use taped::taped;

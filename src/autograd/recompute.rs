@@ -66,7 +66,7 @@ where
 ///
 /// # Errors
 /// Those of the segment; in the backward pass also [`Error::Argument`] where the segment runs other operations.
-pub(crate) fn recompute_needed<F>(inputs: &[&Tensor], keeps: bool, segment: F) -> Result<Vec<Tensor>>
+pub fn recompute_needed<F>(inputs: &[&Tensor], keeps: bool, segment: F) -> Result<Vec<Tensor>>
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 {

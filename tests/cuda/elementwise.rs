@@ -46,6 +46,14 @@ fn normalisations_equal_the_cpu() -> Result<()> {
         compare(&format!("group_norm {channels}/{groups} {activation:?}"), &inputs, |t| {
             ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)
         })?;
+        // On a tape, where the input has got a gradient before the normalisation adds its own.
+        compare(&format!("group_norm {channels}/{groups} {activation:?} beside its input"), &inputs, |t| {
+            let segment = move |t: &[Tensor]| {
+                let normed = ops::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, activation)?;
+                Ok(vec![ops::concat_channels(&normed, &t[0])?])
+            };
+            Ok(recompute(&t.iter().collect::<Vec<_>>(), segment)?.swap_remove(0))
+        })?;
     }
     for channels in [20, 33, 7, 64, 640, 768, 1280, 1664] {
         let x = (random("x", &[3, 5, channels]) - 2.0)?;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
 use lcm_lookahead::Result;
-use lcm_lookahead::autograd::gradients;
+use lcm_lookahead::autograd::{gradients, recompute, recompute_needed};
 use lcm_lookahead::nn::{Conv2d, Linear, LoraSet, Loras, Parameters, StackedLinear, Weights};
 use lcm_lookahead::ops::{self, Addends};
 use lcm_lookahead::random::Address;
@@ -28,6 +28,7 @@ fn adapted_layers(
     (dtype, device): (DType, &Device),
     (tokens, input): (usize, usize),
     layers: &[(usize, usize)],
+    on_tape: bool,
 ) -> Result<Vec<Tensor>> {
     let factors = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     // Exact in every dtype compared.
@@ -54,6 +55,16 @@ fn adapted_layers(
     let mut value = None;
     let store = gradients(|| {
         let y = match &stacked {
+            // One by one: the layers after the first to be differentiated add their gradients of `x` to what is there.
+            _ if on_tape => {
+                let (layers, loras) = (layers.clone(), loras.clone());
+                let segment = move |x: &[Tensor]| {
+                    let mut each = layers.iter().map(|layer| layer.forward_adapted(&x[0], &loras));
+                    let first = each.next().expect("a layer")?;
+                    Ok(vec![each.try_fold(first, |all, next| ops::concat_channels(&all, &next?))?])
+                };
+                recompute_needed(&[&x], false, segment)?.swap_remove(0)
+            }
             Some(stacked) if layers.len() > 1 => stacked.forward(&x, &loras)?.expect("layers that go together"),
             _ => {
                 let each = layers.iter().map(|layer| layer.forward_adapted(&x, &loras)).collect::<Result<Vec<_>>>()?;
@@ -84,11 +95,11 @@ fn layers_with_a_trainable_lora_equal_the_cpu() -> Result<()> {
         ((50, 64), &[(32, 9), (32, 8)]),
         ((50, 35), &[(21, 4), (10, 2)]),
     ];
-    for (size, layers) in cases {
-        let expected = adapted_layers((DType::F64, &Device::Cpu), size, layers)?;
+    for ((size, layers), on_tape) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
+        let expected = adapted_layers((DType::F64, &Device::Cpu), size, layers, false)?;
         for (dtype, limit) in [(DType::F32, 2e-5), (DType::BF16, 2e-2)] {
-            let found = adapted_layers((dtype, &device), size, layers)?;
-            let again = adapted_layers((dtype, &device), size, layers)?;
+            let found = adapted_layers((dtype, &device), size, layers, on_tape)?;
+            let again = adapted_layers((dtype, &device), size, layers, on_tape)?;
             assert_eq!(found.len(), expected.len());
             for (i, ((found, expected), again)) in found.iter().zip(&expected).zip(&again).enumerate() {
                 let error = error(found, expected);
@@ -221,6 +232,47 @@ fn a_frozen_lora_of_a_convolution_equals_the_cpu() -> Result<()> {
             let error = error(&run(dtype, &device)?, &expected);
             println!("LoRA of a convolution {rank} {input} {output} {dtype:?}: {error:.2e}");
             assert!(error < limit, "{rank} {input} {output} {dtype:?}: {error:.2e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_that_are_added_as_they_are_written_equal_the_cpu() -> Result<()> {
+    for (rows, inner, out) in [(7, 24, 40), (130, 64, 96), (257, 72, 168), (90, 640, 1000)] {
+        let inputs = [
+            random("x", &[2, rows, inner]),
+            random("w", &[inner]),
+            random("b", &[inner]),
+            random("w1", &[out, inner]),
+            random("w2", &[out, inner]),
+        ];
+        compare(&format!("layers of one normed input {rows} {inner} {out}"), &inputs, |t| {
+            let segment = |t: &[Tensor]| {
+                let normed = ops::layer_norm(&t[0], &t[1], &t[2], 1e-5)?;
+                let (a, b) = (ops::linear(&normed, &t[3], None)?, ops::linear(&normed, &t[4], None)?);
+                // The input itself as well: its gradient is there before the normalisation's.
+                Ok(vec![ops::concat_channels(&ops::add(&a, &b)?, &t[0])?])
+            };
+            Ok(recompute(&t.iter().collect::<Vec<_>>(), segment)?.swap_remove(0))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_recomputed_gate_equals_the_cpu() -> Result<()> {
+    for (rows, inner, out) in [(33, 24, 40), (257, 128, 256)] {
+        let inputs = [random("x", &[2, rows, inner]), random("w", &[2 * out, inner]), random("b", &[2 * out])];
+        // The gate's value leaves the segment, so that only the projection is computed again; or it is read inside.
+        for read in [false, true] {
+            compare(&format!("linear_geglu, recomputed {rows} {inner} {out} {read}"), &inputs, |t| {
+                let segment = move |t: &[Tensor]| {
+                    let gated = ops::linear_geglu(&t[0], &t[1], Some(&t[2]))?;
+                    Ok(vec![if read { ops::geglu(&gated)? } else { gated }])
+                };
+                Ok(recompute_needed(&t.iter().collect::<Vec<_>>(), false, segment)?.swap_remove(0))
+            })?;
         }
     }
     Ok(())

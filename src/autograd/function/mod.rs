@@ -21,7 +21,7 @@ mod output;
 mod tests;
 mod view;
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::Tensor;
 
@@ -47,9 +47,19 @@ pub struct Backward<'a> {
     pub gradients: &'a [Option<Tensor>],
     /// Which inputs need a gradient; for the others `None` may be returned at no cost.
     pub needs: &'a [bool],
+    /// What the inputs have got from elsewhere, until it is taken.
+    so_far: Mutex<Vec<Option<Tensor>>>,
 }
 
 impl Backward<'_> {
+    /// Takes the gradient that an input has got from other functions so far, where there is one: contiguous, and of the
+    /// input's shape and dtype. Who takes it has to add it to the gradient that is returned for the input. Others need
+    /// not care: what is not taken is added to what they return.
+    pub fn take_so_far(&self, input: usize) -> Option<Tensor> {
+        // The slots hold whole values only, so one left by a panicking thread is still good.
+        self.so_far.lock().unwrap_or_else(PoisonError::into_inner).get_mut(input).and_then(Option::take)
+    }
+
     /// The gradient of the only output of a one-output function.
     ///
     /// # Errors

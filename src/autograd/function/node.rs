@@ -1,5 +1,7 @@
 //! A function that has been applied.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Shape, Tensor};
 
 use super::{Backward, Function, Value};
@@ -63,8 +65,14 @@ impl Node {
         self.function.uses(Value::Output(position), &self.needs)
     }
 
-    /// The gradients of all inputs; `None`, which stands for zero, for an input that needs none.
-    pub fn backward(&self, outputs: &[Option<Tensor>], gradients: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>> {
+    /// The gradients of all inputs; `None`, which stands for zero, for an input that needs none. With each, whether it is
+    /// the sum with what the input had `so_far`.
+    pub fn backward(
+        &self,
+        outputs: &[Option<Tensor>],
+        gradients: &[Option<Tensor>],
+        mut so_far: Vec<Option<Tensor>>,
+    ) -> Result<Vec<(Option<Tensor>, bool)>> {
         let gradients = gradients
             .iter()
             .map(|gradient| gradient.as_ref().map(Tensor::contiguous).transpose())
@@ -75,8 +83,19 @@ impl Node {
             .iter()
             .map(|input| input.tensor(&gradients, &mut numbers))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let context =
-            Backward { inputs: &inputs, outputs, saved: &self.saved, gradients: &gradients, needs: &self.needs };
+        for (gradient, input) in so_far.iter_mut().zip(&self.inputs) {
+            let fits = |sum: &Tensor| sum.is_contiguous() && sum.shape() == &input.shape && sum.dtype() == input.dtype;
+            *gradient = gradient.take().filter(fits);
+        }
+        let offered: Vec<bool> = so_far.iter().map(Option::is_some).collect();
+        let context = Backward {
+            inputs: &inputs,
+            outputs,
+            saved: &self.saved,
+            gradients: &gradients,
+            needs: &self.needs,
+            so_far: Mutex::new(so_far),
+        };
         let mut computed = tape::outside(|| self.function.backward(&context))?;
         computed.resize(self.inputs.len(), None);
         for ((gradient, input), needed) in computed.iter_mut().zip(&self.inputs).zip(&self.needs) {
@@ -93,6 +112,13 @@ impl Node {
                 _ => {}
             }
         }
+        let left = context.so_far.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let taken = (0..computed.len()).map(|i| offered.get(i) == Some(&true) && matches!(left.get(i), Some(None)));
+        let computed: Vec<_> = computed.into_iter().zip(taken).collect();
+        if computed.iter().any(|(gradient, taken)| *taken && gradient.is_none()) {
+            let expected = "the sum with the gradient that was taken";
+            return Err(Error::argument(self.function.name(), "gradient", expected, "none"));
+        }
         Ok(computed)
     }
 
@@ -104,7 +130,8 @@ impl Node {
         outputs: &[Option<Tensor>],
         gradients: &[Option<Tensor>],
     ) -> candle_core::Result<Vec<Option<Tensor>>> {
-        let mut computed = self.backward(outputs, gradients)?;
+        let computed = self.backward(outputs, gradients, Vec::new())?;
+        let mut computed: Vec<_> = computed.into_iter().map(|(gradient, _)| gradient).collect();
         for (((gradient, input), needed), variable) in
             computed.iter_mut().zip(&self.inputs).zip(&self.needs).zip(variables)
         {

@@ -32,7 +32,7 @@ impl Gradients {
     }
 }
 
-/// The gradients of tensors: the first one is moved in, later ones are added.
+/// The gradients of tensors: the first one is moved in, later ones are added (or come as sums with it).
 #[derive(Default)]
 struct Sums(HashMap<TensorId, Tensor>);
 
@@ -60,10 +60,17 @@ pub(super) fn backward(tape: Tape, inputs: Vec<Option<TensorId>>, seeds: Vec<(Te
             continue;
         }
         let values: Vec<Option<Tensor>> = outputs.into_iter().map(|(_, value)| value).collect();
-        let computed = node.backward(&values, &gradients)?;
-        for (id, gradient) in inputs.into_iter().zip(computed) {
-            if let (Some(id), Some(gradient)) = (id, gradient) {
-                sums.accumulate(id, gradient.detach())?;
+        // What an input has already got is offered once, where it is given several times.
+        let so_far = inputs.iter().enumerate().map(|(index, id)| match id {
+            Some(known) if !inputs[..index].contains(id) => sums.0.get(known).cloned(),
+            _ => None,
+        });
+        let computed = node.backward(&values, &gradients, so_far.collect())?;
+        for (id, (gradient, is_sum)) in inputs.into_iter().zip(computed) {
+            let (Some(id), Some(gradient)) = (id, gradient) else { continue };
+            match is_sum {
+                true => drop(sums.0.insert(id, gradient.detach())),
+                false => sums.accumulate(id, gradient.detach())?,
             }
         }
     }

@@ -376,6 +376,46 @@ fn an_output_is_there_for_the_backward_pass_also_where_it_is_no_part_of_the_loss
     Ok(())
 }
 
+/// `x y`, which adds what `x` has got so far (and nothing else) itself.
+struct Product(Arc<AtomicUsize>);
+
+impl Function for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+    fn forward(&self, x: &[Tensor]) -> Result<Forward> {
+        Ok(Output::Tensor((&x[0] * &x[1])?).into())
+    }
+    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
+        let (x, gradient) = (context.inputs, context.gradient()?);
+        let mut of_x = (gradient * &x[1])?;
+        if let Some(so_far) = context.take_so_far(0) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            of_x = (of_x + so_far)?;
+        }
+        Ok(vec![Some(of_x), Some((gradient * &x[0])?)])
+    }
+}
+
+#[test]
+fn a_function_may_add_the_gradient_that_an_input_has_got_so_far() -> Result<()> {
+    let inputs = [random("x", &[2, 3])?, random("y", &[2, 3])?, random("w", &[3, 3])?];
+    let taken = Arc::new(AtomicUsize::new(0));
+    let check = check_gradients(&inputs, |x| {
+        let taken = taken.clone();
+        recompute(&refs(x), move |x| {
+            let product = |x: &Tensor, y: &Tensor| apply(Product(taken.clone()), &[x, y]);
+            // `x` is read by three functions. The one visited first, where it stands in both places, finds nothing yet.
+            let first = product(&x[0], &x[1])?;
+            let second = product(&x[0], &linear(&first, &x[2], None)?)?;
+            Ok(vec![second, product(&x[0], &x[0])?])
+        })
+    })?;
+    assert!(check.worst() < 1e-8, "{check:?}");
+    assert_eq!(taken.load(Ordering::Relaxed), 2);
+    Ok(())
+}
+
 #[test]
 fn gradients_must_fit_the_outputs() -> Result<()> {
     let x = variable("x", &[2])?;

@@ -67,8 +67,14 @@ impl Function for Add {
 
 /// `a + b` of gradients, which no graph follows.
 pub(crate) fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if super::cpu::takes(a) && a.shape() == b.shape() && a.is_contiguous() && b.is_contiguous() {
-        return Ok(super::cpu::add_scaled(a, b, 1.0)?.into_tensor());
+    if a.shape() == b.shape() && a.dtype() == b.dtype() && a.is_contiguous() && b.is_contiguous() {
+        #[cfg(feature = "cuda")]
+        if super::cuda::takes(a) {
+            return Ok(super::cuda::add_scaled(a, b, 1.0)?.into_tensor());
+        }
+        if super::cpu::takes(a) {
+            return Ok(super::cpu::add_scaled(a, b, 1.0)?.into_tensor());
+        }
     }
     Ok(a.add(b)?)
 }

@@ -112,10 +112,11 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-template <class T, int V>
+// Adds: so_far, of the shape of an x that is not joined, is added to the gradient.
+template <class T, int V, bool Adds>
 __global__ void __launch_bounds__(kNormThreads)
     input_gradient(Joined<const T> x, const T *dy, const T *weight, const T *bias, const float *mean, const float *rstd,
-                   Joined<T> dx, NormPlan plan, int64_t pixels, int groups, int activation, const float2 *by_group) {
+                   Joined<T> dx, const T *so_far, NormPlan plan, int64_t pixels, int groups, int activation, const float2 *by_group) {
   extern __shared__ float shared[];
   float *plain = shared, *along = plain + groups;
   int channels = x.channels1 + x.channels2, per_group = channels / groups;
@@ -157,13 +158,15 @@ __global__ void __launch_bounds__(kNormThreads)
     const T *from = x.column(last, c, stride);
     const T *gradient = dy + last * channels + c;
     T *to = dx.column(last, c, to_stride);
+    const T *before = Adds ? so_far + last * channels + c : nullptr;
     for (int pixel = row; pixel < count; pixel += plan.rows * kUnroll) {
-      Pack<T, V> xs[kUnroll], gs[kUnroll];
+      Pack<T, V> xs[kUnroll], gs[kUnroll], sums[Adds ? kUnroll : 1];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
         if (pixel + u * plan.rows < count) {
           xs[u] = load_pack<V>(from - static_cast<int64_t>(pixel + u * plan.rows) * stride);
           gs[u] = load_pack<V>(gradient - static_cast<int64_t>(pixel + u * plan.rows) * channels);
+          if constexpr (Adds) sums[u] = load_pack<V>(before - static_cast<int64_t>(pixel + u * plan.rows) * channels);
         }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -175,6 +178,12 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
           for (int i = 0; i < V; ++i)
             g[i] = known.rstd[i] * (g[i] * static_cast<float>(known.weight.values[i]) - plain_of[i] - n[i] * along_of[i]);
+          if constexpr (Adds) {
+            float sum[V];
+            to_floats<V>(sums[u], sum);
+#pragma unroll
+            for (int i = 0; i < V; ++i) g[i] += sum[i];
+          }
           store<V>(to - static_cast<int64_t>(pixel + u * plan.rows) * to_stride, g);
         }
     }
@@ -201,16 +210,17 @@ extern "C" size_t lcm_group_norm_workspace(int64_t batch, int64_t pixels, int ch
 }
 
 extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const void *weight, const void *bias,
-                                       const float *mean, const float *rstd, const void *dy, void *dx1, void *dx2,
-                                       float *dweight, float *dbias, int64_t batch, int64_t pixels, int channels1,
+                                       const float *mean, const float *rstd, const void *dy, const void *so_far,
+                                       void *dx1, void *dx2, float *dweight, float *dbias, int64_t batch, int64_t pixels, int channels1,
                                        int channels2, int groups, int activation, int dtype, void *workspace,
                                        cudaStream_t stream) {
   int channels = channels1 + channels2;
-  if (!takes(batch, pixels, channels1, channels2, groups, activation) || (dx1 && channels2 > 0 && !dx2)) return -1;
+  if (!takes(batch, pixels, channels1, channels2, groups, activation) || (dx1 && channels2 > 0 && !dx2) || (so_far && x2))
+    return -1;
   bool sums_wanted = dweight || dbias;
   if (!dx1 && !sums_wanted) return 0; // the first kernel lets the next one start, so there has to be one
   bool vectorised = channels1 % wide(dtype) == 0 && channels2 % wide(dtype) == 0 &&
-                    aligned(x1, x2, weight, bias, dy, dx1, dx2);
+                    aligned(x1, x2, weight, bias, dy, so_far, dx1, dx2);
   return dispatch(dtype, vectorised, [&](auto kind) {
     using T = typename decltype(kind)::type;
     constexpr int V = decltype(kind)::width;
@@ -226,8 +236,9 @@ extern "C" int lcm_group_norm_backward(const void *x1, const void *x2, const voi
     if (int error = launched()) return error;
     if (dx1) {
       Joined<T> dx{(T *)dx1, (T *)dx2, channels1, channels2};
-      int error = launch_dependent(input_gradient<T, V>, grid, plan.threads, 2 * sizeof(float) * groups, stream, x, g, w,
-                                   b, mean, rstd, dx, plan, pixels, groups, activation, by_group);
+      auto kernel = so_far ? input_gradient<T, V, true> : input_gradient<T, V, false>;
+      int error = launch_dependent(kernel, grid, plan.threads, 2 * sizeof(float) * groups, stream, x, g, w, b, mean, rstd,
+                                   dx, (const T *)so_far, plan, pixels, groups, activation, by_group);
       if (error) return error;
     }
     if (!sums_wanted) return 0;

@@ -39,6 +39,7 @@ unsafe extern "C" {
         mean: *const f32,
         rstd: *const f32,
         dy: *const c_void,
+        so_far: *const c_void,
         dx1: *mut c_void,
         dx2: *mut c_void,
         dweight: *mut f32,
@@ -104,7 +105,8 @@ pub(super) fn backward(norm: &GroupNorm, context: &Backward<'_>) -> Result<Vec<O
     let sums = |wanted: bool| wanted.then(|| Buffer::new(&device, channels as usize, DType::F32)).transpose();
     let (dweight, dbias) = (sums(context.needs[1])?, sums(context.needs[2])?);
     let at = |buffer: &Option<Buffer>| buffer.as_ref().map_or(std::ptr::null_mut(), Buffer::pointer);
-    // SAFETY: as in `forward`.
+    let so_far = if context.needs[0] { context.take_so_far(0) } else { None };
+    // SAFETY: as in `forward`; `so_far` has the shape and dtype of `x`.
     let status = unsafe {
         let workspace = Buffer::bytes(&device, lcm_group_norm_workspace(batch, pixels, channels, groups))?;
         lcm_group_norm_backward(
@@ -115,6 +117,7 @@ pub(super) fn backward(norm: &GroupNorm, context: &Backward<'_>) -> Result<Vec<O
             pointer(NAME, &context.saved[0])?.cast(),
             pointer(NAME, &context.saved[1])?.cast(),
             pointer(NAME, context.gradient()?)?,
+            so_far.as_ref().map_or(Ok(std::ptr::null_mut()), |so_far| pointer(NAME, so_far))?,
             at(&dx),
             std::ptr::null_mut(),
             at(&dweight).cast(),

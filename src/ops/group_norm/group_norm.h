@@ -34,6 +34,7 @@ int lcm_group_norm_backward(const void *x1, const void *x2, // as in the forward
                             const void *weight, const void *bias,
                             const float *mean, const float *rstd, // of the forward pass
                             const void *dy,     // (batch, pixels, channels) dtype
+                            const void *so_far, // (batch, pixels, channels) dtype: added to dx1; or null. Not with x2.
                             void *dx1,          // (batch, pixels, channels1) dtype; null: gradients of x are not wanted
                             void *dx2,          // (batch, pixels, channels2) dtype; null without x2
                             float *dweight,     // (channels,) f32, or null

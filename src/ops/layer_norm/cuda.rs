@@ -145,5 +145,7 @@ pub(super) fn forward(eps: f64, inputs: &[Tensor]) -> Result<Forward> {
 pub(super) fn backward(eps: f64, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
     let launch = Launch { x: &context.inputs[0], weight: &context.inputs[1], eps };
     let wants = [context.needs[0], context.needs[1], context.needs[2]];
-    Ok(launch.backward((&context.saved[0], &context.saved[1]), context.gradient()?, None, wants)?.into())
+    let so_far = if wants[0] { context.take_so_far(0) } else { None };
+    let statistics = (&context.saved[0], &context.saved[1]);
+    Ok(launch.backward(statistics, context.gradient()?, so_far.as_ref(), wants)?.into())
 }

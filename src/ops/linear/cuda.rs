@@ -92,7 +92,8 @@ pub(super) fn backward(linear: &Linear, context: &Backward<'_>) -> Result<Vec<Op
     let g = matrix(gradient, rows, out)?;
     let mut gradients = vec![None; context.inputs.len()];
     if context.needs[0] {
-        let dx = product((gradient, g), matrix(weight, out, inner)?, (None, None), x.dims())?;
+        let so_far = context.take_so_far(0);
+        let dx = product((gradient, g), matrix(weight, out, inner)?, (None, so_far.as_ref()), x.dims())?;
         gradients[0] = Some(dx.into_tensor());
     }
     if context.needs[1] {

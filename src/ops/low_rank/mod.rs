@@ -244,7 +244,8 @@ impl Function for LinearLowRank {
         let mut gradients = vec![None; context.inputs.len()];
         if context.needs[0] {
             let left = (gradient, matrix(gradient, rows, out)?);
-            let dx = product(left, matrix(&context.saved[0], out, inner)?, (None, None), x.dims())?;
+            let so_far = context.take_so_far(0);
+            let dx = product(left, matrix(&context.saved[0], out, inner)?, (None, so_far.as_ref()), x.dims())?;
             gradients[0] = Some(dx.into_tensor());
         }
         if let Some(residual) = self.residual.filter(|place| context.needs[*place]) {
