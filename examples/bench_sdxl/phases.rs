@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor, Var};
 use lcm_lookahead::autograd::{Backward, Forward, Function, Output, apply, gradients, with_large_stack};
-use lcm_lookahead::lookahead::{ImageLoss, PreviewForm, preview};
 use lcm_lookahead::lookahead::dropout::ReferenceDropout;
+use lcm_lookahead::lookahead::{ImageLoss, PreviewForm, preview};
 use lcm_lookahead::nn::Parameters;
 use lcm_lookahead::random::Address;
 use lcm_lookahead::train::{AdamW, AdamWConfig, Gradients, ParameterGroup};
@@ -22,7 +22,11 @@ pub fn measure(report: &mut Report, batches: &[usize]) -> Result<()> {
         let sum = parts + optimizer(report, &parameters)?;
         let keep_attention = TrainConfig::official().keep_attention;
         let joint = Training::new(report, &base, &encoder, &parameters)?.iterations(batch, keep_attention, false)?;
-        println!("parts of a joint iteration B{batch}: {:.3} ms in all, the iteration {:.3} ms", sum * 1e3, joint * 1e3);
+        println!(
+            "parts of a joint iteration B{batch}: {:.3} ms in all, the iteration {:.3} ms",
+            sum * 1e3,
+            joint * 1e3
+        );
     }
     Ok(())
 }
@@ -76,14 +80,19 @@ impl Parts<'_> {
         let mut parts = Vec::new();
         let probability = TrainConfig::official().dropout.kv_drop_chance;
         let dropout = ReferenceDropout { probability, address: Address::new(0, "kv drop") };
-        parts.push(report.line(&name("KV encoder with tokens dropped, forward and backward"), 3.0 * work, 3, || {
-            let unet = &base.unet;
-            differentiate(|| {
-                kv_encoder
-                    .encode_dropping(unet, &latents, &timesteps, &conditioning, &dropout, true)
-                    .map(|key_values| all(&key_values))
-            })
-        })?);
+        parts.push(report.line(
+            &name("KV encoder with tokens dropped, forward and backward"),
+            3.0 * work,
+            3,
+            || {
+                let unet = &base.unet;
+                differentiate(|| {
+                    kv_encoder
+                        .encode_dropping(unet, &latents, &timesteps, &conditioning, &dropout, true)
+                        .map(|key_values| all(&key_values))
+                })
+            },
+        )?);
 
         let features = Tensor::randn(0f32, 1.0, (batch, 257, 1280), &report.device)?.to_dtype(DType::BF16)?;
         let image_tokens = || self.encoder.image_tokens(&self.encoder.resample(&features)?, 1.0);

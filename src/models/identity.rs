@@ -80,13 +80,8 @@ mod tests {
             dimension: 5,
             ..mobile_face_net::Config::fr_feature()
         };
-        let sface = sface::Config {
-            crop_size: 16,
-            input_width: 4,
-            widths: vec![4, 6],
-            strides: vec![1, 2],
-            dimension: 5,
-        };
+        let sface =
+            sface::Config { crop_size: 16, input_width: 4, widths: vec![4, 6], strides: vec![1, 2], dimension: 5 };
         let mini = mini_identity::Config { crop_size: 16, widths: vec![8, 8], group_width: 4, dimension: 5 };
         Ok(vec![
             Box::new(load(|weights| ir_resnet::IrResnet::load(&small, weights))?),
