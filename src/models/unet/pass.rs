@@ -78,9 +78,10 @@ pub struct Pass {
     pub image_tokens: Option<ImageTokens>,
     /// FreeU in the first two up blocks.
     pub freeu: Option<FreeU>,
-    /// Recompute activations in the backward pass, one resnet or transformer block at a time, instead of keeping them.
+    /// Recompute activations in the backward pass, half a resnet or one transformer block at a time, instead of keeping
+    /// them.
     pub recompute: bool,
-    /// Where activations are recomputed, keep the outputs of attention nonetheless: they take little memory for the
+    /// Where activations are recomputed, keep the outputs of self-attention nonetheless: they take little memory for the
     /// time they take.
     pub keep_attention: bool,
 }

@@ -36,10 +36,19 @@ impl Resnet {
 
     /// `x`: `(batch, height, width, input)`; `time`: `(batch, time_embed_dim)`, after its silu.
     pub fn forward(&self, x: &Tensor, time: &Tensor, loras: &Loras) -> Result<Tensor> {
+        self.second_half(&self.first_half(x, time, loras)?, x, loras)
+    }
+
+    /// To the first convolution, with the time added.
+    pub fn first_half(&self, x: &Tensor, time: &Tensor, loras: &Loras) -> Result<Tensor> {
         let time = self.time_emb_proj.forward_adapted(time, loras)?;
         let with_time = Addends { per_sample: Some(&time), ..Addends::default() };
-        let hidden = self.conv1.forward_adding(&self.norm1.forward_with(x, Activation::Silu)?, loras, &with_time)?;
-        let normed = self.norm2.forward_with(&hidden, Activation::Silu)?;
+        self.conv1.forward_adding(&self.norm1.forward_with(x, Activation::Silu)?, loras, &with_time)
+    }
+
+    /// From what the first half returns, with `x` as that got it.
+    pub fn second_half(&self, hidden: &Tensor, x: &Tensor, loras: &Loras) -> Result<Tensor> {
+        let normed = self.norm2.forward_with(hidden, Activation::Silu)?;
         let shortcut = match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward_adapted(x, loras)?,
             None => x.clone(),

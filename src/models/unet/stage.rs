@@ -39,9 +39,13 @@ impl<'a> Run<'a> {
         if !self.pass.recompute {
             return resnet.forward(x, self.time, &self.pass.loras);
         }
-        let (resnet, loras) = (resnet.clone(), self.pass.loras.clone());
-        let segment = move |inputs: &[Tensor]| Ok(vec![resnet.forward(&inputs[0], &inputs[1], &loras)?]);
-        one(recompute_needed(&[x, self.time], false, segment)?)
+        // In two segments: what is kept between them takes little memory for the convolution that need not run again.
+        let (first, loras) = (resnet.clone(), self.pass.loras.clone());
+        let segment = move |inputs: &[Tensor]| Ok(vec![first.first_half(&inputs[0], &inputs[1], &loras)?]);
+        let hidden = one(recompute_needed(&[x, self.time], false, segment)?)?;
+        let (second, loras) = (resnet.clone(), self.pass.loras.clone());
+        let segment = move |inputs: &[Tensor]| Ok(vec![second.second_half(&inputs[0], &inputs[1], &loras)?]);
+        one(recompute_needed(&[&hidden, x], false, segment)?)
     }
 
     /// `None` where the run ends inside this transformer.

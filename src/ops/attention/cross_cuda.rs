@@ -120,8 +120,4 @@ impl Function for CrossAttention {
         }
         Ok(gradients.into_iter().map(|buffer| buffer.map(Buffer::into_tensor)).collect())
     }
-
-    fn keep(&self) -> bool {
-        true
-    }
 }

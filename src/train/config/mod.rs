@@ -61,7 +61,7 @@ pub struct TrainConfig {
     /// Whether activations are recomputed in the backward pass instead of kept: less memory, more time, the same
     /// gradients. Default true (official recipe: `gradient_checkpointing`).
     pub recompute: bool,
-    /// Where activations are recomputed: whether the outputs of attention, the dearest to compute, are kept all the same.
+    /// Where activations are recomputed: whether the outputs of self-attention, the dearest to compute, are kept all the same.
     /// Some more memory, some less time, the same gradients. Default false.
     pub keep_attention: bool,
     /// How the two losses become updates. Default `"joint"`; official code `"alternating"`.
