@@ -2,7 +2,7 @@
 //
 // No atomics, and the chunks depend only on the shape and the device: equal bit for bit between runs.
 #pragma once
-#include "dependent_launch.cuh"
+#include "elements.cuh"
 
 namespace lcm {
 

@@ -7,7 +7,7 @@
 // launched by the same launcher may call `let_next_start`: a library's kernel, cuBLAS's for instance, may be launched to
 // start early too, and not wait.
 #pragma once
-#include "elements.cuh"
+#include <cuda_runtime.h>
 
 namespace lcm {
 

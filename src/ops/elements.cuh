@@ -4,6 +4,8 @@
 // number
 // of channels allow, and single elements otherwise; everything is computed in f32 in registers.
 #pragma once
+#include "dependent_launch.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -106,6 +108,7 @@ constexpr int kMapThreads = 256;
 // Applies `f.at<V>(i)` to every pack of `count` elements, and `f.at<1>(i)` to those after the last whole pack.
 template <int V, class F>
 __global__ void __launch_bounds__(kMapThreads) map_kernel(F f, int64_t count) {
+  wait_for_previous();
   int64_t i = (static_cast<int64_t>(blockIdx.x) * kMapThreads + threadIdx.x) * V;
   if (i + V <= count) {
     f.template at<V>(i);
@@ -120,8 +123,8 @@ int map(F f, int64_t count, cudaStream_t stream) {
   if (count <= 0) return count == 0 ? 0 : -1;
   int64_t packs = divide_up<int64_t>(count, V);
   if (packs > 0xffffffffll) return -1;
-  map_kernel<V><<<static_cast<unsigned>(divide_up<int64_t>(packs, kMapThreads)), kMapThreads, 0, stream>>>(f, count);
-  return launched();
+  unsigned blocks = static_cast<unsigned>(divide_up<int64_t>(packs, kMapThreads));
+  return launch_dependent(map_kernel<V, F>, blocks, kMapThreads, 0, stream, f, count);
 }
 
 // Splits the index of an element into row and column, for rows of `columns` elements that are whole packs of V.

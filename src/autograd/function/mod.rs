@@ -15,6 +15,7 @@
 //! function is noted on the tape.
 
 mod node;
+mod number;
 mod operations;
 mod output;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use super::leaves;
 use super::tape::{self, Mode};
 use crate::{Error, Result};
 pub(super) use node::Node;
+pub(super) use number::number;
 use operations::{Direct, Join, Release, Shared};
 pub(crate) use output::dense;
 pub use output::{Forward, Output};
@@ -88,6 +90,8 @@ pub enum Saves {
     WithOutputs,
     /// Also by [`Function::save`], from the inputs at these positions.
     Alone(Vec<usize>),
+    /// With the outputs, but so little that the first run of a recomputed segment keeps it for the second.
+    Little,
 }
 
 /// A differentiable function of tensors.

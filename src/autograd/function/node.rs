@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use super::{Backward, Function, Value};
+use super::{Backward, Function, Value, number};
 use crate::autograd::tape;
 use crate::{Error, Result};
 
@@ -29,7 +29,7 @@ impl Input {
         }
         let number = match gradients.iter().flatten().find(|gradient| gradient.dtype() == self.dtype) {
             Some(gradient) if gradient.elem_count() > 0 => gradient.flatten_all()?.narrow(0, 0, 1)?.reshape(())?,
-            _ => Tensor::zeros((), self.dtype, &self.device)?,
+            _ => number(self.dtype, &self.device)?.detach(),
         };
         numbers.push(number.clone());
         number.broadcast_as(&self.shape)

@@ -8,7 +8,7 @@ use candle_core::{Shape, Tensor, TensorId};
 use super::frames::{is_on_some_tape, next_kept, with_discovery};
 use super::plan::{Plan, Trace, changed};
 use crate::Result;
-use crate::autograd::function::{self, Forward, Function, Output};
+use crate::autograd::function::{self, Forward, Function, Output, Saves};
 use crate::autograd::tape;
 
 /// The results of one expensive function.
@@ -123,14 +123,14 @@ fn needs(seen: &[Tensor]) -> Vec<bool> {
 }
 
 /// Notes an operation.
-fn noted(function: &dyn Function, needs: &[bool], saves: bool, inputs: &[Tensor], outputs: &[Tensor]) {
+fn noted(function: &dyn Function, needs: &[bool], saved: Vec<Tensor>, inputs: &[Tensor], outputs: &[Tensor]) {
     with_discovery(|discovery| {
         if needs.contains(&true) {
             discovery.known.extend(outputs.iter().map(Tensor::id));
         }
         if let Some(trace) = &mut discovery.trace {
             let inputs: Vec<_> = inputs.iter().map(|input| (input.id(), input.shape().clone())).collect();
-            trace.add(function, needs, saves, &inputs, outputs);
+            trace.add(function, needs, saved, &inputs, outputs);
         }
     });
 }
@@ -141,10 +141,14 @@ pub(in crate::autograd) fn discover(function: &dyn Function, inputs: &[&Tensor])
     let (needs, detached) = (needs(&seen), function::detach(&seen.iter().collect::<Vec<_>>())?);
     if function.keep() {
         let outputs = discover_kept(function, &detached)?;
-        noted(function, &needs, true, &seen, &outputs);
+        // What is kept, with what it saved, is taken up again whoever reads it.
+        noted(function, &needs, Vec::new(), &seen, &outputs);
         return Ok(outputs);
     }
-    let Forward { outputs, saved } = tape::outside(|| function.forward_alone(&detached))?;
+    let Forward { outputs, saved } = tape::outside(|| match function.saves() {
+        Saves::Little => function.forward(&detached),
+        _ => function.forward_alone(&detached),
+    })?;
     let tracks = needs.contains(&true) && with_discovery(|discovery| discovery.nested) == Some(false);
     let outputs = outputs.into_iter().map(|output| match output {
         // Tracked as in the second run; what already is a tensor would have to be copied for that.
@@ -152,7 +156,7 @@ pub(in crate::autograd) fn discover(function: &dyn Function, inputs: &[&Tensor])
         output => Ok(output.into_tensor()),
     });
     let outputs = outputs.collect::<candle_core::Result<Vec<_>>>()?;
-    noted(function, &needs, !saved.is_empty(), &seen, &outputs);
+    noted(function, &needs, saved, &seen, &outputs);
     Ok(outputs)
 }
 
@@ -164,7 +168,7 @@ pub(in crate::autograd) fn discover_views(
 ) -> Result<Vec<Tensor>> {
     let x = see(x);
     let (needs, views) = (needs(std::slice::from_ref(&x)), views(&x)?);
-    noted(function, &needs, false, std::slice::from_ref(&x), &views);
+    noted(function, &needs, Vec::new(), std::slice::from_ref(&x), &views);
     Ok(views)
 }
 

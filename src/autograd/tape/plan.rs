@@ -20,6 +20,8 @@ struct Operation {
     outputs: Vec<(TensorId, Shape, DType)>,
     /// Whether it has to run whoever reads its outputs.
     must_run: bool,
+    /// What it saved, where that is little.
+    saved: Option<Vec<Tensor>>,
 }
 
 /// The operations of a first run.
@@ -33,14 +35,15 @@ impl Trace {
         &mut self,
         function: &dyn Function,
         needs: &[bool],
-        saves: bool,
+        saved: Vec<Tensor>,
         inputs: &[(TensorId, Shape)],
         outputs: &[Tensor],
     ) {
         let reads_output = (0..outputs.len()).any(|index| function.uses(Value::Output(index), needs));
-        let (saves, saved_from) = match function.saves() {
-            Saves::WithOutputs => (saves, Vec::new()),
-            Saves::Alone(inputs) => (false, inputs),
+        let (saves, saved_from, saved) = match function.saves() {
+            Saves::WithOutputs => (!saved.is_empty(), Vec::new(), None),
+            Saves::Alone(inputs) => (false, inputs, None),
+            Saves::Little => (false, Vec::new(), Some(saved)),
         };
         let read = |(index, (id, shape)): (usize, &(TensorId, Shape))| {
             (*id, shape.clone(), function.uses(Value::Input(index), needs) || saved_from.contains(&index))
@@ -50,6 +53,7 @@ impl Trace {
             inputs: inputs.iter().enumerate().map(read).collect(),
             outputs: outputs.iter().map(|output| (output.id(), output.shape().clone(), output.dtype())).collect(),
             must_run: saves || reads_output || function.keep() || !needs.contains(&true),
+            saved,
         });
     }
 
@@ -57,13 +61,16 @@ impl Trace {
     pub fn plan(self) -> Option<Plan> {
         let mut read: HashSet<TensorId> = HashSet::new();
         let mut steps = Vec::with_capacity(self.0.len());
-        for Operation { name, inputs, outputs, must_run } in self.0.into_iter().rev() {
+        for Operation { name, inputs, outputs, must_run, saved } in self.0.into_iter().rev() {
             let runs = must_run || outputs.iter().any(|(id, ..)| read.contains(id));
             read.extend(inputs.iter().filter(|(_, _, anyway)| runs || *anyway).map(|(id, ..)| *id));
             steps.push(Step {
                 name,
                 inputs: inputs.into_iter().map(|(_, shape, _)| shape).collect(),
-                left_out: (!runs).then(|| outputs.into_iter().map(|(_, shape, dtype)| (shape, dtype)).collect()),
+                left_out: (!runs).then(|| LeftOut {
+                    outputs: outputs.into_iter().map(|(_, shape, dtype)| (shape, dtype)).collect(),
+                    saved,
+                }),
             });
         }
         steps.reverse();
@@ -74,8 +81,15 @@ impl Trace {
 struct Step {
     name: &'static str,
     inputs: Vec<Shape>,
-    /// The outputs of an operation that need not run.
-    left_out: Option<Vec<(Shape, DType)>>,
+    left_out: Option<LeftOut>,
+}
+
+/// What is known of an operation that need not run.
+#[derive(Clone)]
+pub(in crate::autograd) struct LeftOut {
+    pub outputs: Vec<(Shape, DType)>,
+    /// What it saved in the first run, where that was kept.
+    pub saved: Option<Vec<Tensor>>,
 }
 
 /// Which operations of a second run need not run.
@@ -86,9 +100,8 @@ pub(in crate::autograd) struct Plan {
 }
 
 impl Plan {
-    /// Shapes and dtypes of the outputs of the next operation where it need not run, if it is the one that was met in the
-    /// first run.
-    pub fn next(&mut self, name: &'static str, inputs: &[&Tensor]) -> Result<Option<Vec<(Shape, DType)>>> {
+    /// What is known of the next operation where it need not run, if it is the one that was met in the first run.
+    pub fn next(&mut self, name: &'static str, inputs: &[&Tensor]) -> Result<Option<LeftOut>> {
         let shapes = || inputs.iter().map(|input| input.shape());
         match self.steps.get(self.next) {
             Some(step) if step.name == name && step.inputs.iter().eq(shapes()) => {
@@ -153,6 +166,7 @@ mod tests {
         Output,
         Saved,
         SavedAlone,
+        SavedLittle,
     }
 
     impl Function for Square {
@@ -163,7 +177,7 @@ mod tests {
             self.runs.0[0].fetch_add(1, Ordering::Relaxed);
             let squares = numbers(&x[0]).iter().map(|x| 3.0 * x * x).collect();
             let saved = match self.reads {
-                Reads::Saved | Reads::SavedAlone => vec![(&x[0] * 6.0)?],
+                Reads::Saved | Reads::SavedAlone | Reads::SavedLittle => vec![(&x[0] * 6.0)?],
                 _ => Vec::new(),
             };
             Ok(Forward { outputs: vec![Output::from_vec(squares, x[0].shape())], saved })
@@ -171,6 +185,7 @@ mod tests {
         fn saves(&self) -> Saves {
             match self.reads {
                 Reads::SavedAlone => Saves::Alone(vec![0]),
+                Reads::SavedLittle => Saves::Little,
                 _ => Saves::WithOutputs,
             }
         }
@@ -237,6 +252,8 @@ mod tests {
         // What is saved comes with the outputs, or alone: then it takes the input.
         assert_eq!(runs(Reads::Saved, chain)?, [[2, 0]; 3]);
         assert_eq!(runs(Reads::SavedAlone, chain)?, [[2, 0], [2, 0], [1, 1]]);
+        // Or is kept, as it is little: then nothing runs again.
+        assert_eq!(runs(Reads::SavedLittle, chain)?, [[1, 0]; 3]);
         // One that is read inside is computed though it leaves the segment.
         let both: Segment = |x, count, reads| {
             let first = square(&x[0], &count[0], reads)?;

@@ -2,11 +2,11 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{Device, Tensor, TensorId};
 
 use super::discovery::Kept;
 use super::frames::{next_kept, with_tape};
-use super::plan::{Plan, changed};
+use super::plan::{LeftOut, Plan, changed};
 use crate::autograd::function::{self, Forward, Function, Node, Output, Saves, Value};
 use crate::autograd::tape;
 use crate::{Error, Result};
@@ -18,6 +18,12 @@ pub(super) struct Note {
     pub inputs: Vec<Option<TensorId>>,
     /// The outputs, with their values where the function wants them again.
     pub outputs: Vec<(TensorId, Option<Tensor>)>,
+}
+
+/// Stand-ins for the outputs of an operation that need not run, and what it saved where the first run kept that.
+struct Hollow {
+    outputs: Vec<Tensor>,
+    saved: Option<Vec<Tensor>>,
 }
 
 /// What a segment computed.
@@ -36,8 +42,6 @@ pub(super) struct Tape {
     plan: Option<Plan>,
     /// The outputs of operations that were left out.
     hollow: HashSet<TensorId>,
-    /// The numbers that hollow tensors repeat, one a dtype.
-    numbers: Vec<Tensor>,
 }
 
 impl Tape {
@@ -70,10 +74,10 @@ impl Tape {
     ///
     /// A segment that does other things than in its first run is computed as if there were no plan, unless something has
     /// been left out already.
-    fn left_out(&mut self, name: &'static str, inputs: &[&Tensor]) -> Result<Option<Vec<Tensor>>> {
+    fn left_out(&mut self, name: &'static str, inputs: &[&Tensor]) -> Result<Option<Hollow>> {
         let Some(plan) = &mut self.plan else { return Ok(None) };
         let hollow = match plan.next(name, inputs) {
-            Ok(Some(outputs)) => outputs,
+            Ok(Some(left_out)) => left_out,
             Ok(None) => {
                 return match inputs.iter().any(|input| self.hollow.contains(&input.id())) {
                     true => Err(changed("nothing that reads its results".into(), name.into())),
@@ -87,21 +91,13 @@ impl Tape {
             Err(error) => return Err(error),
         };
         let device = inputs.first().map_or(&Device::Cpu, |input| input.device());
-        let outputs = hollow
+        let LeftOut { outputs, saved } = hollow;
+        let outputs = outputs
             .into_iter()
-            .map(|(shape, dtype)| self.number(dtype, device)?.broadcast_as(shape))
+            .map(|(shape, dtype)| function::number(dtype, device)?.broadcast_as(shape))
             .collect::<candle_core::Result<Vec<_>>>()?;
         self.hollow.extend(outputs.iter().map(Tensor::id));
-        Ok(Some(outputs))
-    }
-
-    fn number(&mut self, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        if let Some(number) = self.numbers.iter().find(|number| number.dtype() == dtype) {
-            return Ok(number.clone());
-        }
-        let number = Output::Tensor(Tensor::zeros((), dtype, device)?).into_tracked()?;
-        self.numbers.push(number.clone());
-        Ok(number)
+        Ok(Some(Hollow { outputs, saved }))
     }
 
     fn add(&mut self, note: Note) {
@@ -120,8 +116,8 @@ fn classify(function: &'static str, inputs: &[&Tensor]) -> Result<Vec<Option<Ten
 /// [`apply_many`](crate::autograd::apply_many) on a tape.
 pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let ids = classify(function.name(), inputs)?;
-    if let Some(outputs) = left_out(function.name(), inputs)? {
-        return note_left_out(function, inputs, ids, outputs);
+    if let Some(hollow) = left_out(function.name(), inputs)? {
+        return note_left_out(function, inputs, ids, hollow);
     }
     let detached = function::detach(inputs)?;
     let tracked = ids.iter().any(Option::is_some);
@@ -157,7 +153,7 @@ pub(in crate::autograd) fn note(function: Box<dyn Function>, inputs: &[&Tensor])
 }
 
 /// The outputs of an operation that need not run.
-fn left_out(name: &'static str, inputs: &[&Tensor]) -> Result<Option<Vec<Tensor>>> {
+fn left_out(name: &'static str, inputs: &[&Tensor]) -> Result<Option<Hollow>> {
     with_tape(|tape| tape.left_out(name, inputs)).unwrap_or(Ok(None))
 }
 
@@ -166,11 +162,11 @@ fn note_left_out(
     function: Box<dyn Function>,
     inputs: &[&Tensor],
     ids: Vec<Option<TensorId>>,
-    outputs: Vec<Tensor>,
+    Hollow { outputs, saved }: Hollow,
 ) -> Result<Vec<Tensor>> {
     let needs: Vec<bool> = ids.iter().map(Option::is_some).collect();
     let saves = match function.saves() {
-        Saves::WithOutputs => None,
+        Saves::WithOutputs | Saves::Little => None,
         Saves::Alone(inputs) => Some(inputs),
     };
     let saved_from = |index: usize| saves.as_ref().is_some_and(|inputs| inputs.contains(&index));
@@ -182,9 +178,10 @@ fn note_left_out(
         }
     });
     let detached = detached.collect::<candle_core::Result<Vec<_>>>()?;
-    let saved = match saves {
-        Some(_) => tape::outside(|| function.save(&detached))?,
-        None => Vec::new(),
+    let saved = match (saved, saves) {
+        (Some(saved), _) => saved,
+        (None, Some(_)) => tape::outside(|| function.save(&detached))?,
+        (None, None) => Vec::new(),
     };
     let noted = outputs.iter().map(|output| (output.id(), None)).collect();
     let node = Node::new(function, detached, saved, needs);
@@ -222,8 +219,8 @@ pub(in crate::autograd) fn note_views(
     views: impl FnOnce(&Tensor) -> candle_core::Result<Vec<Tensor>>,
 ) -> Result<Vec<Tensor>> {
     let id = classify(function.name(), &[x])?;
-    if let Some(outputs) = left_out(function.name(), &[x])? {
-        return note_left_out(function, &[x], id, outputs);
+    if let Some(hollow) = left_out(function.name(), &[x])? {
+        return note_left_out(function, &[x], id, hollow);
     }
     let views = views(x)?;
     if id[0].is_none() {

@@ -257,10 +257,10 @@ fn recomputed_segments_run_on_the_tape_alone_and_give_the_same_gradients() -> Re
         });
     }
     let after = recomputations();
-    // Eight resnets and four transformers in three parts each; the recording ends in the last block, before its
+    // Eight resnets in two parts each and four transformers in three; the recording ends in the last block, before its
     // transformer's end and the last two resnets.
     assert_eq!(after.on_graph, before.on_graph);
-    assert_eq!(after.on_tape - before.on_tape, 4 * (20 + 17));
+    assert_eq!(after.on_tape - before.on_tape, 4 * (28 + 23));
     let mut all = parameters.all();
     all.push(("latents".into(), latents.clone()));
     for (name, variable) in all {

@@ -72,7 +72,7 @@ static bool encode(CUtensorMap *map, int dtype, const void *data, int heads, int
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Launches a kernel, of one block a multiprocessor, that may begin while the one before it ends.
+// Launches a kernel that may begin while the one before it ends.
 template <class... Parameters> static int launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, cudaStream_t stream, const Parameters &...parameters) {
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)) return e;
   cudaLaunchAttribute early = {};
@@ -86,8 +86,7 @@ template <class... Parameters> static int launch(void (*kernel)(Parameters...), 
 template <class T> static int run(const LcmAttentionGradient &a, const Plan &plan, const Maps &maps, Arguments p, cudaStream_t stream) {
   const LcmAttention &f = a.forward;
   const dim3 rows(p.query_tiles, f.batch * f.heads);
-  prepare<T><<<rows, 256, 0, stream>>>(p, static_cast<const T *>(f.out), static_cast<const T *>(a.dout), f.lse, f.out_row, f.out_batch);
-  if (const int e = cudaGetLastError()) return e;
+  if (const int e = launch(prepare<T>, rows, 256, 0, stream, p, static_cast<const T *>(f.out), static_cast<const T *>(a.dout), static_cast<const float *>(f.lse), f.out_row, f.out_batch)) return e;
   const int own = tiles(f.own_tokens), reference = f.k2 ? tiles(f.reference_tokens) : 0;
   const auto blocks = [](int items) { return dim3(items < device().multiprocessors ? items : device().multiprocessors); };
   const int key_tiles = plan.own || plan.fused ? own : 0, reference_key_tiles = plan.reference || plan.fused ? reference : 0;

@@ -10,6 +10,7 @@ template <class T>
 __global__ void __launch_bounds__(256) prepare(Arguments p, const T *out, const T *dout, const float *lse, int64_t row_stride, int64_t batch_stride) {
   const int tile = blockIdx.x, bh = blockIdx.y, b = bh / p.heads, h = bh % p.heads, lane = threadIdx.x % 8;
   const size_t block = (size_t)bh * p.query_tiles + tile;
+  wait_for_earlier_kernel();
   let_next_kernel_start();
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.next_item = 0;
   uint4 a[4], g[4];

@@ -1,7 +1,7 @@
 #pragma once
 // What the portable attention kernels share: where the keys of a tile come from, and how a launcher picks between the two families of kernels
 // (16-bit operands through the matrix units; anything else through f32 arithmetic).
-#include "../dependent_launch.cuh"
+#include "../elements.cuh"
 #include "attention.h"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

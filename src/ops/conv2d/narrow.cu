@@ -8,7 +8,6 @@
 // The gradient of the input is the same convolution with mirrored taps, padding 2 - padding, and the weights read with
 // their two channel dimensions exchanged.
 #include "../attention/mma.cuh"
-#include "../dependent_launch.cuh"
 #include "../elements.cuh"
 #include "conv2d.h"
 

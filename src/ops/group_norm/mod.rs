@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use super::Activation;
 use super::support::{dispatch, on_cuda, same_kind};
-use crate::autograd::{Backward, Forward, Function, Value, apply};
+use crate::autograd::{Backward, Forward, Function, Saves, Value, apply};
 use crate::{Error, Result};
 
 /// Group normalisation followed by an activation (torch: `act(F.group_norm)`, in channels-last layout).
@@ -71,6 +71,11 @@ impl Function for GroupNorm {
     fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
         on_cuda!(context.inputs[0] => cuda::backward(self, context));
         dispatch!("group_norm", context.inputs[0], T => cpu::backward::<T>(self, context))
+    }
+
+    /// Two numbers for each group of each sample.
+    fn saves(&self) -> Saves {
+        Saves::Little
     }
 
     fn uses(&self, value: Value, _: &[bool]) -> bool {

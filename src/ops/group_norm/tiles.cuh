@@ -7,7 +7,7 @@
 // kernel adds up for itself, stay few.
 #pragma once
 #include "../activation/activation.cuh"
-#include "../dependent_launch.cuh"
+#include "../elements.cuh"
 
 namespace lcm {
 

@@ -4,7 +4,7 @@
 #include "layer_norm.h"
 
 #include "../columns.cuh"
-#include "../dependent_launch.cuh"
+#include "../elements.cuh"
 
 using namespace lcm;
 
@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(V == 1 ? 1024 : 512)
   constexpr int K = kHeld<V>;
   int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / threads_per_row) + threadIdx.x / threads_per_row;
   int thread = threadIdx.x % threads_per_row, packs = row < rows ? channels / V : 0;
+  wait_for_previous();
   float centre = packs ? mean[row] : 0.0f, scale = packs ? rstd[row] : 0.0f;
   row *= channels;
   Pack<T, V> xs[K], gs[K], others[K];
@@ -306,10 +307,10 @@ extern "C" int lcm_layer_norm_backward(const void *h, const void *weight, const 
     constexpr int V = decltype(kind)::width;
     if (dx && rows > 0) {
       RowPlan plan(rows, channels / V, kHeld<V>);
-      backward<T, V><<<plan.blocks, plan.threads, 0, stream>>>((const T *)h, (const T *)weight, mean, rstd, (const T *)dy,
-                                                               (const T *)dh, (T *)dx, rows, channels,
-                                                               plan.threads_per_row);
-      if (int error = launched()) return error;
+      int error = launch_dependent(backward<T, V>, plan.blocks, plan.threads, 0, stream, (const T *)h, (const T *)weight,
+                                   mean, rstd, (const T *)dy, (const T *)dh, (T *)dx, rows, channels,
+                                   plan.threads_per_row);
+      if (error) return error;
     }
     if (!sums_wanted) return 0;
     WeightSums<T> sums{(const T *)h, (const T *)dy, mean, rstd, channels};

@@ -8,7 +8,7 @@
 // are read twice, the second time in good part from the second-level cache, by 16 bytes a thread straight into the
 // registers of mma.sync's operands. That works without shared memory as the order of what a product sums over is
 // free: the eight adjacent numbers a thread has loaded take the places that the instruction gives the thread.
-#include "../dependent_launch.cuh"
+#include "../elements.cuh"
 #include "narrow.h"
 
 namespace {
@@ -64,6 +64,7 @@ __device__ Wide wide_matrix(const LcmLowRank &call, int job) {
 // Block (token tile, job): job 0 makes x down^T of all layers, job i + 1 g up of layer i. The warps share the channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) by_tokens(const LcmLowRank call) {
+  lcm::wait_for_previous();
   const int job = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int ranks = job == 0 ? lcm::ranks_before(call, call.count) : call.rank[job - 1];
   if (ranks == 0) return;
@@ -256,8 +257,7 @@ template <class T>
 int launch(const LcmLowRank &call, cudaStream_t stream) {
   const Plan plan = plan_of(call);
   const int64_t tiles = lcm::divide_up<int64_t>(call.tokens, kTokens);
-  by_tokens<T><<<dim3(unsigned(tiles), call.count + 1), kThreads, 0, stream>>>(call);
-  int error = lcm::launched();
+  int error = lcm::launch_dependent(by_tokens<T>, dim3(unsigned(tiles), call.count + 1), dim3(kThreads), 0, stream, call);
   if (error) return error;
   int slabs = slabs_of(call.input);
   for (int i = 0; i < call.count; i++) slabs += call.rank[i] > 0 ? slabs_of(call.output[i]) : 0;

@@ -57,6 +57,7 @@ template <int V, class F> __device__ __forceinline__ void load_factor(const F *f
 // Weights of type T, factors of type F.
 template <class T, class F, int V>
 __global__ void __launch_bounds__(kThreads) merge(const LcmLowRank call, int64_t merging) {
+  lcm::wait_for_previous();
   if constexpr (std::is_same_v<F, float>) {
     if (blockIdx.x >= merging) {
       copy_factors<T, V>(call, (int64_t(blockIdx.x - merging) * kThreads + threadIdx.x) * V);
@@ -119,8 +120,9 @@ extern "C" int lcm_low_rank_merge(const LcmLowRank *call, cudaStream_t stream) {
     const int64_t numbers = call->narrow_factors ? lcm::narrow_up(*call, call->count) : 0;
     const int64_t blocks = merging + lcm::divide_up<int64_t>(numbers / V, kThreads);
     if (blocks * kThreads > 0xffffffffll) return -1;
-    if (call->factor_dtype == 0) merge<Element, float, V><<<unsigned(blocks), kThreads, 0, stream>>>(*call, merging);
-    else merge<Element, Element, V><<<unsigned(blocks), kThreads, 0, stream>>>(*call, merging);
-    return lcm::launched();
+    const auto launch = [&](auto kernel) {
+      return lcm::launch_dependent(kernel, unsigned(blocks), kThreads, 0, stream, *call, merging);
+    };
+    return call->factor_dtype == 0 ? launch(merge<Element, float, V>) : launch(merge<Element, Element, V>);
   });
 }
