@@ -9,7 +9,7 @@
 // A warpgroup issues the products of its present weights and the next scores together, and waits for both: to overlap its own
 // exponentials with its own products as well (scores in two halves, or weights a tile behind) was measured no faster or slower, as
 // was computing a share of the exponentials by a polynomial on the multiply-add units.
-#include "../elements.cuh"
+#include "../dependent_launch.cuh"
 #include "attention.h"
 #include "hopper_ptx.cuh"
 #include "hopper_softmax.cuh"
