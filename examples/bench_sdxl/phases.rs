@@ -83,7 +83,7 @@ impl Parts<'_> {
         let dropout = ReferenceDropout { probability, address: Address::new(0, "kv drop") };
         parts.push(report.line(
             &name("KV encoder with tokens dropped, forward and backward"),
-            3.0 * work,
+            2.0 * work,
             3,
             || {
                 let unet = &base.unet;
@@ -147,7 +147,7 @@ impl Parts<'_> {
         pass: &Pass,
     ) -> Result<f64> {
         let what = format!("{what}, extended, forward and backward B{}", self.batch);
-        self.report.line(&what, 3.0 * FORWARD * self.batch as f64, 3, || {
+        self.report.line(&what, 2.0 * FORWARD * self.batch as f64, 3, || {
             differentiate(|| Ok(vec![self.base.unet.forward(latents, timesteps, conditioning, pass)?]))
         })
     }
