@@ -9,6 +9,7 @@ lora.safetensors   a LoRA on every linear layer and convolution of blocks and sa
 cases.safetensors  inputs, and the noise predictions in f32 and bf16: plain; with that LoRA; with the self-attention
                    extended by the keys and values of a pass over reference latents.
 """
+import os
 import sys
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 RANK, SCALE, BATCH = 8, 0.7, 2
 folder = sys.argv[1]
+os.makedirs(folder, exist_ok=True)
 torch.manual_seed(0)
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
