@@ -20,6 +20,8 @@ pub(crate) struct Reading {
 /// Pinned memory of one number, and the event after which it is there.
 #[derive(Debug)]
 struct Slot {
+    /// The GPU that the event belongs to.
+    gpu: usize,
     memory: *mut c_void,
     event: sys::CUevent,
 }
@@ -33,13 +35,15 @@ unsafe impl Sync for Slot {}
 static POOL: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
 
 impl Slot {
-    fn take() -> Result<Self, DriverError> {
-        if let Some(slot) = POOL.lock().unwrap_or_else(PoisonError::into_inner).pop() {
-            return Ok(slot);
+    fn take(gpu: usize) -> Result<Self, DriverError> {
+        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = pool.iter().position(|slot| slot.gpu == gpu) {
+            return Ok(pool.swap_remove(place));
         }
+        drop(pool);
         // SAFETY: the context is bound to the calling thread.
         let memory = unsafe { result::malloc_host(size_of::<f64>(), 0) }?;
-        Ok(Slot { memory, event: result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)? })
+        Ok(Slot { gpu, memory, event: result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)? })
     }
 
     fn wait(&self) -> Result<(), DriverError> {
@@ -71,7 +75,7 @@ impl Reading {
         }
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().map_err(failed)?;
-        let slot = Slot::take().map_err(failed)?;
+        let slot = Slot::take(stream.context().ordinal()).map_err(failed)?;
         let from = pointer("reading a number", scalar)? as u64;
         // SAFETY: the slot has room for a number, which the tensor has; its memory is given back in the order of the stream.
         unsafe {

@@ -4,6 +4,7 @@
 
 use candle_core::Tensor;
 
+use super::{TokenSelection, reshape, select_tokens};
 use crate::autograd::{Backward, Forward, Function, Output, Value, View, apply, apply_views};
 use crate::{Error, Result};
 
@@ -46,42 +47,17 @@ impl View for Repeat {
 /// The samples of `x` at these places, each at most once; `x` itself where they are all of them in order.
 ///
 /// # Errors
-/// [`Error::Argument`] where a place is not there, or given twice.
+/// [`Error::Argument`] where there is none, or a place is not there or given twice.
 pub(crate) fn select_samples(x: &Tensor, places: &[usize]) -> Result<Tensor> {
     let count = batch("select_samples", x)?;
-    let twice = || (1..places.len()).any(|i| places[..i].contains(&places[i]));
-    if places.iter().any(|place| *place >= count) || twice() {
-        let expected = format!("places below {count}, each once");
-        return Err(Error::argument("select_samples", "places", expected, format!("{places:?}")));
-    }
     if places.iter().copied().eq(0..count) {
         return Ok(x.clone());
     }
-    let places: Vec<u32> = places.iter().map(|place| *place as u32).collect();
-    apply(Select { places: Tensor::new(places, x.device())? }, &[x])
-}
-
-struct Select {
-    places: Tensor,
-}
-
-impl Function for Select {
-    fn name(&self) -> &'static str {
-        "select_samples"
-    }
-
-    fn forward(&self, inputs: &[Tensor]) -> Result<Forward> {
-        Ok(Output::Tensor(inputs[0].index_select(&self.places, 0)?).into())
-    }
-
-    fn backward(&self, context: &Backward<'_>) -> Result<Vec<Option<Tensor>>> {
-        let zeros = context.inputs[0].zeros_like()?;
-        Ok(vec![Some(zeros.index_add(&self.places, context.gradient()?, 0)?)])
-    }
-
-    fn uses(&self, _: Value, _: &[bool]) -> bool {
-        false
-    }
+    // Rows of one long sequence: candle's index_select adds up in its gradient, which is slow for large samples.
+    let places: Vec<u32> = places.iter().map(|place| u32::try_from(*place).unwrap_or(u32::MAX)).collect();
+    let (kept, selection) = (places.len(), TokenSelection::new(places, count, x.device())?);
+    let rows = reshape(x, (1, count, x.elem_count() / count.max(1)))?;
+    reshape(&select_tokens(&rows, &selection)?, [&[kept], &x.dims()[1..]].concat())
 }
 
 /// The samples of `x`, each a batch of one in the same memory.
@@ -184,7 +160,7 @@ mod tests {
         }
         assert_eq!(select_samples(&x, &[0, 1, 2, 3])?.id(), x.id());
         for places in [[0, 4], [2, 2]] {
-            assert!(select_samples(&x, &places).unwrap_err().to_string().contains("places"));
+            assert!(select_samples(&x, &places).unwrap_err().to_string().contains("below 4, each once"));
         }
         check(x, |x| Ok(vec![select_samples(x, &[3, 1])?]))
     }

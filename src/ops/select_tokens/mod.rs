@@ -29,29 +29,25 @@ pub struct TokenSelection {
 }
 
 impl TokenSelection {
-    /// A selection from a sequence of so many tokens; `kept`: their indices, rising; `device`: where the tokens lie.
+    /// A selection from a sequence of so many tokens; `kept`: their indices, each once, in the order wanted; `device`:
+    /// where the tokens lie.
     ///
     /// # Errors
-    /// [`Error::Argument`] where none is kept, or the indices do not rise or leave the sequence.
+    /// [`Error::Argument`] where none is kept, or an index leaves the sequence or is there twice.
     pub fn new(kept: Vec<u32>, tokens: usize, device: &Device) -> Result<Self> {
-        let rising = kept.windows(2).all(|pair| pair[0] < pair[1]);
-        if !rising || kept.last().is_none_or(|last| *last as usize >= tokens) {
-            let found = format!(
-                "{} indices up to {:?}, {}",
-                kept.len(),
-                kept.iter().max(),
-                if rising { "rising" } else { "not rising" }
-            );
-            return Err(Error::argument(
-                "TokenSelection::new",
-                "kept",
-                format!("rising indices below {tokens}"),
-                found,
-            ));
+        let wrong = |found: String| {
+            Error::argument("TokenSelection::new", "kept", format!("indices below {tokens}, each once"), found)
+        };
+        if kept.is_empty() {
+            return Err(wrong("none".into()));
         }
         let mut places = vec![NONE; tokens];
         for (place, token) in kept.iter().enumerate() {
-            places[*token as usize] = place as u32;
+            match places.get_mut(*token as usize) {
+                Some(free @ &mut NONE) => *free = place as u32,
+                Some(_) => return Err(wrong(format!("{token} twice"))),
+                None => return Err(wrong(token.to_string())),
+            }
         }
         let on_gpu = match device {
             Device::Cuda(_) => Some(Tensor::new([&kept[..], &places[..]].concat(), device)?),

@@ -15,7 +15,7 @@ fn selection(kept: &[u32], tokens: usize) -> Result<TokenSelection> {
 
 #[test]
 fn values_equal_candles_index_select() -> Result<()> {
-    for (shape, kept) in [([3, 7, 4], &[0, 2, 3, 6][..]), ([1, 5, 1], &[4]), ([2, 4, 3], &[0, 1, 2, 3])] {
+    for (shape, kept) in [([3, 7, 4], &[0, 2, 3, 6][..]), ([1, 5, 1], &[4]), ([2, 4, 3], &[3, 1, 2, 0])] {
         for dtype in [DType::F32, DType::F64] {
             let x = random(&shape)?.to_dtype(dtype)?;
             let expected = x.index_select(&Tensor::new(kept, &Device::Cpu)?, 1)?;
@@ -29,7 +29,7 @@ fn values_equal_candles_index_select() -> Result<()> {
 
 #[test]
 fn gradients_match_finite_differences() -> Result<()> {
-    for (shape, kept) in [([3, 7, 4], &[0, 2, 3, 6][..]), ([1, 5, 1], &[4])] {
+    for (shape, kept) in [([3, 7, 4], &[2, 0, 3, 6][..]), ([1, 5, 1], &[4])] {
         let selection = selection(kept, shape[1])?;
         let check = check_gradients(&[random(&shape)?], |t| Ok(vec![select_tokens(&t[0], &selection)?]))?;
         assert!(check.worst() < 1e-7, "{check:?}");
@@ -39,7 +39,7 @@ fn gradients_match_finite_differences() -> Result<()> {
 
 #[test]
 fn indices_that_do_not_fit_are_refused() -> Result<()> {
-    for (kept, tokens) in [(vec![], 3), (vec![0, 3], 3), (vec![1, 1], 3), (vec![2, 0], 3)] {
+    for (kept, tokens) in [(vec![], 3), (vec![0, 3], 3), (vec![1, 1], 3)] {
         let error = TokenSelection::new(kept, tokens, &Device::Cpu).unwrap_err().to_string();
         assert!(error.contains("`kept`") && error.contains("below 3"), "{error}");
     }
