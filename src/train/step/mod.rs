@@ -1,5 +1,10 @@
 //! The losses of one training step: the method of the paper, put together.
 
+mod conditions;
+mod prepared;
+#[cfg(test)]
+mod tests;
+
 use candle_core::Tensor;
 
 use super::config::AlignmentLoss;
@@ -10,27 +15,13 @@ use crate::autograd::{differentiates, taped_once};
 use crate::data::Batch;
 use crate::lookahead::dropout::{ReferenceDropout, drop_image_tokens, drop_text};
 use crate::lookahead::{Base, FaceEncoder, ImageLoss, PreviewPath, preview};
-use crate::models::unet::{Conditioning, ImageTokens, KeyValues, Pass};
+use crate::models::unet::{Conditioning, KeyValues, Pass};
 use crate::nn::Loras;
 use crate::ops;
 use crate::random::Address;
 use crate::schedule::AnnealedTimestepSampler;
-
-/// A batch after everything that needs no gradient.
-pub struct Prepared {
-    /// Latents of the targets, `(batch, channels, height, width)`.
-    target_latents: Tensor,
-    /// Latents of the conditioning images, of the same shape.
-    conditioning_latents: Tensor,
-    /// Conditioning images, `(batch, 3, height, width)`, which the image losses compare with.
-    conditioning_images: Tensor,
-    /// The noise both are noised with; f32 beside latents of bf16 or f16.
-    pub(super) noise: Tensor,
-    features: Tensor,
-    pub(super) null_features: Tensor,
-    pub(super) text: Conditioning,
-    encoder_text: Conditioning,
-}
+pub(super) use conditions::Conditions;
+pub use prepared::Prepared;
 
 /// The losses of a training step, as differentiable scalars.
 pub struct StepLosses<'a> {
@@ -367,149 +358,4 @@ pub(super) struct LcmPass {
     pub(super) previews: Tensor,
     /// None where the LCM-LoRA took no part.
     pub(super) lora_scale: Option<f64>,
-}
-
-/// What the encoder makes of a batch at its timesteps, and the noised targets.
-pub(super) struct Conditions {
-    pub(super) noised: Tensor,
-    pub(super) image_tokens: ImageTokens,
-    pub(super) reference: Option<KeyValues>,
-    /// Where it was drawn which reference tokens are dropped.
-    pub(super) kv_drop: Address,
-}
-
-impl Conditions {
-    fn select(&self, samples: &[usize]) -> Result<Conditions> {
-        self.map(|tensor| ops::select_samples(tensor, samples))
-    }
-
-    /// The same, no part of any graph.
-    fn detached(&self) -> Result<Conditions> {
-        self.map(|tensor| Ok(tensor.detach()))
-    }
-
-    fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Conditions> {
-        let key_values = |key_values: &KeyValues| key_values.map(|_, tensor| change(tensor));
-        Ok(Conditions {
-            noised: change(&self.noised)?,
-            image_tokens: ImageTokens {
-                key_values: key_values(&self.image_tokens.key_values)?,
-                scale: self.image_tokens.scale,
-            },
-            reference: self.reference.as_ref().map(key_values).transpose()?,
-            kv_drop: self.kv_drop,
-        })
-    }
-}
-
-impl Prepared {
-    fn narrow(&self, count: usize) -> Result<Prepared> {
-        self.select(&(0..count).collect::<Vec<_>>())
-    }
-
-    fn select(&self, samples: &[usize]) -> Result<Prepared> {
-        let text = |conditioning: &Conditioning| -> Result<Conditioning> {
-            Ok(Conditioning {
-                hidden_states: ops::select_samples(&conditioning.hidden_states, samples)?,
-                pooled: ops::select_samples(&conditioning.pooled, samples)?,
-                time_ids: samples.iter().map(|i| conditioning.time_ids[*i]).collect(),
-            })
-        };
-        Ok(Prepared {
-            target_latents: ops::select_samples(&self.target_latents, samples)?,
-            conditioning_latents: ops::select_samples(&self.conditioning_latents, samples)?,
-            conditioning_images: ops::select_samples(&self.conditioning_images, samples)?,
-            noise: ops::select_samples(&self.noise, samples)?,
-            features: ops::select_samples(&self.features, samples)?,
-            null_features: self.null_features.clone(),
-            text: text(&self.text)?,
-            encoder_text: text(&self.encoder_text)?,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::autograd::{gradients, tape};
-    use crate::lookahead::LossValue;
-    use crate::train::alignment::tests::{DRAW, Step};
-
-    /// The mean squared difference.
-    struct Distance;
-
-    impl ImageLoss for Distance {
-        fn name(&self) -> &str {
-            "distance"
-        }
-
-        fn loss(&self, previews: &Tensor, conditioning_images: &Tensor) -> Result<LossValue> {
-            let counted = previews.dim(0)?;
-            let difference = (previews - conditioning_images.to_dtype(previews.dtype())?)?;
-            Ok(LossValue { loss: difference.sqr()?.mean_all()?, counted })
-        }
-    }
-
-    /// Steps that differ in what is dropped, recomputed, and which samples the lookahead loss takes.
-    fn steps() -> Result<Vec<Step>> {
-        let mut steps = Vec::new();
-        for (adapter_drop, limit, recompute) in [(0.0, 1000, false), (0.5, 1000, true), (1.0, 400, true)] {
-            let mut step = Step::new(AlignmentLoss::None, 0.5)?;
-            step.config.dropout.adapter_drop_chance = adapter_drop;
-            step.config.timesteps.lcm_max_timestep = limit;
-            step.config.lookahead.batch_size = 2;
-            step.config.recompute = recompute;
-            steps.push(step);
-        }
-        Ok(steps)
-    }
-
-    #[test]
-    fn losses_and_gradients_on_one_tape_equal_those_of_candles_graph() -> Result<()> {
-        let image_losses: Vec<(Box<dyn ImageLoss>, f64)> = vec![(Box::new(Distance), 0.7)];
-        for step in steps()? {
-            let (losses, prepared) = (step.losses(&image_losses), step.prepared()?);
-            let total = |joint: bool, report: &mut PendingReport| -> Result<Tensor> {
-                if joint {
-                    return losses.joint(&prepared, 1, DRAW, true, report);
-                }
-                let diffusion = losses.diffusion(&prepared, DRAW, report)?;
-                let lookahead = losses.lookahead(&prepared, 1, DRAW, report)?;
-                Ok(lookahead.map_or(Ok(diffusion.clone()), |lookahead| diffusion + lookahead)?)
-            };
-            for joint in [true, false] {
-                let (mut plain, mut taped) = (PendingReport::default(), PendingReport::default());
-                let expected = total(joint, &mut plain)?.backward()?;
-                let found = gradients(|| total(joint, &mut taped).map(Some))?;
-                let Some(found) = found else { panic!("no gradients") };
-                let (plain, taped) = (plain.read()?, taped.read()?);
-                assert!(plain.diffusion.is_some() && !plain.lookahead.is_empty());
-                assert_eq!((plain.diffusion, plain.lookahead), (taped.diffusion, taped.lookahead));
-                for (name, variable) in step.parameters.all() {
-                    let Some(expected) = expected.get(&variable) else { panic!("no gradient for {name}") };
-                    let Some(found) = found.get(&variable) else { panic!("none for {name} on the tape") };
-                    let size = expected.abs()?.max_all()?.to_scalar::<f64>()?;
-                    let error = (expected - found)?.abs()?.max_all()?.to_scalar::<f64>()?;
-                    assert!(error <= 1e-11 * size, "{name}: {error} of {size}");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn all_passes_of_a_step_stay_on_one_tape() -> Result<()> {
-        for step in steps()? {
-            let (losses, prepared) = (step.losses(&[]), step.prepared()?);
-            let chosen = prepared.select(&[1])?;
-            let recording = tape::record(&[], |_| {
-                let conditions = losses.conditions(&prepared, &[700, 300], losses.address("kv drop", DRAW), true)?;
-                let first = losses.denoise(&prepared, &[700, 300], &conditions, Loras::none())?;
-                let conditions = conditions.select(&[1])?;
-                Ok(vec![first, losses.denoise(&chosen, &[300], &conditions, losses.lcm_loras(Some(0.5)))?])
-            });
-            assert_eq!(recording?.outputs().len(), 2);
-        }
-        Ok(())
-    }
 }
