@@ -6,45 +6,18 @@
 mod attention;
 mod convolution;
 mod elementwise;
+#[path = "../common/gpu.rs"]
+mod gpu;
 mod linear;
 mod sizes_of_sdxl;
 
-use std::sync::LazyLock;
-
 use candle_core::{DType, Device, Tensor, Var};
+use gpu::{error, gpu};
+use lcm_lookahead::Result;
 use lcm_lookahead::random::Address;
-use lcm_lookahead::{Result, cuda};
-
-/// The GPU, or `None` and a line that says why the test was skipped. One device for all tests: matrix products are planned
-/// once a device.
-fn gpu() -> Option<Device> {
-    static DEVICE: LazyLock<Option<Device>> = LazyLock::new(|| match cuda::open(0) {
-        Ok(device) => Some(device),
-        Err(reason) => {
-            eprintln!("skipped: {reason}");
-            None
-        }
-    });
-    DEVICE.clone()
-}
 
 fn random(purpose: &'static str, shape: &[usize]) -> Tensor {
     Address::new(11, purpose).normal(shape, DType::F64, &Device::Cpu).unwrap()
-}
-
-/// `||a - b|| / ||b||`, in f64; infinite where a number is not finite.
-fn error(a: &Tensor, b: &Tensor) -> f64 {
-    let numbers = |t: &Tensor| -> Vec<f64> {
-        t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-    };
-    assert_eq!(a.dims(), b.dims());
-    let (a, b) = (numbers(a), numbers(b));
-    let difference: f64 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
-    let norm: f64 = b.iter().map(|b| b * b).sum();
-    if !difference.is_finite() {
-        return f64::INFINITY;
-    }
-    (difference / norm.max(1e-300)).sqrt()
 }
 
 /// Value and the gradients of all inputs of a function, for a fixed random gradient of its output.
